@@ -1,0 +1,150 @@
+"""Transformer blocks as functions of their weights (``torch.func.functional_call`` on a meta copy of the block)."""
+
+import copy
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from autoround.errors import ModelError
+from autoround.func.grids import int as int_grid
+from autoround.func.types import BlockWeights, Call
+from autoround.spec import QuantSpec
+
+# Attributes that differ between blocks of equal arithmetic.
+POSITION_ATTRIBUTES = frozenset({"layer_idx", "layer_id", "layer_index"})
+# torch's own bookkeeping on every module, and what the signature covers by other means.
+_MODULE_STATE = frozenset(vars(nn.Module())) | {"training"}
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class BlockFn:
+    """A block without weights: ``block_fn(tensors, call) -> hidden states``.
+
+    Attributes:
+        skeleton: the block's modules with every parameter and buffer on the meta device.
+        signature: equal for blocks that compute the same function of their tensors; such blocks share a compiled step.
+        transposed: names of 2-D weights that the module stores as (I, O), as GPT-2's Conv1D does.
+    """
+
+    skeleton: nn.Module
+    signature: str
+    transposed: frozenset[str]
+
+    def __call__(self, tensors: Mapping[str, Tensor], call: Call) -> Tensor:
+        """Run the block.
+
+        Args:
+            tensors: every parameter and buffer by name relative to the block; linear weights as (O, I).
+            call: the arguments of the block, hidden states included.
+
+        Returns:
+            The hidden states (B, T, D); further outputs of the block are dropped.
+        """
+        own = {name: tensor.mT if name in self.transposed else tensor for name, tensor in tensors.items()}
+        output = torch.func.functional_call(self.skeleton, own, call.args, call.kwargs)
+        return output if isinstance(output, Tensor) else output[0]
+
+
+def make_block_fn(block: nn.Module) -> BlockFn:
+    """Lift a block to a function of its weights; the block itself is neither changed nor kept.
+
+    >>> block = nn.Sequential(nn.Linear(4, 4))
+    >>> block_fn = make_block_fn(block)
+    >>> x = torch.ones(1, 2, 4)
+    >>> torch.equal(block_fn(dict(block.state_dict()), Call((x,), {})), block(x))
+    True
+    """
+    memo: dict[int, object] = {}
+    for parameter in block.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    for buffer in block.buffers():
+        memo[id(buffer)] = buffer.detach().to("meta")
+    skeleton = copy.deepcopy(block, memo).eval()
+    transposed = frozenset(f"{path}.weight" for path, module in skeleton.named_modules() if _is_conv1d(module))
+    return BlockFn(skeleton, _signature(skeleton), transposed)
+
+
+def linear_paths(block: nn.Module) -> tuple[str, ...]:
+    """Paths of the modules whose weights can be quantized, in definition order.
+
+    >>> linear_paths(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+    ('0', '2')
+    """
+    return tuple(path for path, module in block.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module))
+
+
+def block_tensors(block: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of a block by name, linear weights as (O, I)."""
+    conv = {f"{path}.weight" for path, module in block.named_modules() if _is_conv1d(module)}
+    own = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+    return {name: tensor.detach().mT if name in conv else tensor.detach() for name, tensor in own.items()}
+
+
+def split_weights(block: nn.Module, specs: Mapping[str, QuantSpec]) -> BlockWeights:
+    """Separate the weights to tune from the rest of a block's tensors; see ``split_tensors``."""
+    return split_tensors(block_tensors(block), specs)
+
+
+def split_tensors(tensors: Mapping[str, Tensor], specs: Mapping[str, QuantSpec]) -> BlockWeights:
+    """Separate the weights to tune from the rest.
+
+    Args:
+        tensors: parameter or buffer name -> tensor; linear weights (O, I).
+        specs: module path -> how its weight is stored.
+
+    Raises:
+        ModelError: a path has no weight, or its weight holds NaN or infinity; the message names the path.
+        UsageError: a group_size does not fit.
+
+    >>> weights = split_tensors({"up.weight": torch.ones(2, 4), "up.bias": torch.ones(2)}, {"up": QuantSpec(group_size=4)})
+    >>> list(weights.tuned), list(weights.frozen)
+    (['up'], ['up.bias'])
+    """
+    tuned = {}
+    for path, spec in specs.items():
+        if f"{path}.weight" not in tensors:
+            raise ModelError(f"{path}: found no weight in the block; needed one of {', '.join(tensors)}")
+        try:
+            tuned[path] = int_grid.prepare(tensors[f"{path}.weight"], spec)
+        except ValueError as error:
+            raise type(error)(f"{path}: {error}") from error
+    frozen = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight") not in tuned}
+    return BlockWeights(tuned, frozen)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
+def _signature(skeleton: nn.Module) -> str:
+    """Digest of classes, tensor shapes and every non-tensor attribute but the block's position."""
+    digest = hashlib.sha256()
+    for path, module in skeleton.named_modules():
+        digest.update(f"{path}:{type(module).__module__}.{type(module).__qualname__}".encode())
+        for name in sorted(set(vars(module)) - _MODULE_STATE - POSITION_ATTRIBUTES):
+            digest.update(f"{name}={_describe(vars(module)[name])}".encode())
+        for name, tensor in _own_tensors(module):
+            digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
+    return digest.hexdigest()
+
+
+def _own_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
+
+
+def _describe(value: object) -> str:
+    """Text of an attribute, without memory addresses."""
+    if value is None or isinstance(value, str | int | float | complex | torch.dtype | torch.device):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_describe(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple | set | frozenset):
+        return "[" + ",".join(_describe(item) for item in value) + "]"
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    attributes = getattr(value, "__dict__", {})
+    return f"{type(value).__qualname__}{_describe({k: v for k, v in attributes.items() if k not in POSITION_ATTRIBUTES})}"

@@ -1,0 +1,237 @@
+"""Optimizers as pairs of pure functions, after the contract of optax: ``init(params)`` and ``update(grads, state, params)``.
+
+Updates are added to parameters by ``apply_updates``; constraints are ``project``'s business, not the optimizer's.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from autoround.func.grids import int as int_grid
+from autoround.func.types import Params, RoundingParams
+
+Schedule = Callable[[Tensor], Tensor]
+
+
+class Transform(NamedTuple):
+    """An optimizer.
+
+    Attributes:
+        init: params -> state.
+        update: (grads, state, params) -> (updates, new state); all pytrees shaped like params.
+    """
+
+    init: Callable[[Any], Any]
+    update: Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+def constant(value: float) -> Schedule:
+    """A learning rate that never changes.
+
+    >>> constant(0.1)(torch.tensor(7)).item()
+    0.10000000149011612
+    """
+    return lambda step: torch.full((), value, device=step.device)
+
+
+def linear_decay(start: float, steps: int) -> Schedule:
+    """``start * (1 - step / steps)``, and 0 afterwards: SignRound's schedule (arXiv 2309.05516, section 4.1).
+
+    >>> [round(linear_decay(1.0, 4)(torch.tensor(step)).item(), 2) for step in range(6)]
+    [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    """
+    return lambda step: start * (1 - step.float() / steps).clamp(min=0)
+
+
+def sgd(schedule: Schedule) -> Transform:
+    """Gradient descent: ``update = -lr(step) * grad``.
+
+    >>> optimizer = sgd(constant(0.5))
+    >>> params = {"x": torch.tensor([1.0])}
+    >>> optimizer.update({"x": torch.tensor([2.0])}, optimizer.init(params), params)[0]["x"].tolist()
+    [-1.0]
+    """
+
+    def init(params: Any) -> Tensor:
+        return _step_zero(params)
+
+    def update(grads: Any, step: Tensor, params: Any) -> tuple[Any, Tensor]:
+        del params  # not needed
+        rate = schedule(step)
+        return tree_map(lambda grad: -rate * grad, grads), step + 1
+
+    return Transform(init, update)
+
+
+def sign() -> Transform:
+    """Replace each gradient by its sign, 0 where it is 0.
+
+    >>> sign().update({"x": torch.tensor([-3.0, 0.0])}, (), None)[0]["x"].tolist()
+    [-1.0, 0.0]
+    """
+    return Transform(lambda params: (), lambda grads, state, params: (tree_map(torch.sign, grads), state))
+
+
+def trace(momentum: float) -> Transform:
+    """Accumulate gradients: ``buffer = momentum * buffer + grad``, and pass the buffer on.
+
+    >>> ema = trace(0.5)
+    >>> _, state = ema.update({"x": torch.tensor(1.0)}, ema.init({"x": torch.tensor(0.0)}), None)
+    >>> ema.update({"x": torch.tensor(1.0)}, state, None)[0]["x"].item()
+    1.5
+    """
+
+    def update(grads: Any, buffer: Any, params: Any) -> tuple[Any, Any]:
+        del params  # not needed
+        buffer = tree_map(lambda old, grad: momentum * old + grad, buffer, grads)
+        return buffer, buffer
+
+    return Transform(lambda params: tree_map(torch.zeros_like, params), update)
+
+
+def chain(*transforms: Transform) -> Transform:
+    """Apply transforms one after the other, each to the updates of the one before.
+
+    >>> chain(sign(), sgd(constant(1.0))).update({"x": torch.tensor(9.0)}, ((), torch.tensor(0)), None)[0]["x"].item()
+    -1.0
+    """
+
+    def init(params: Any) -> tuple[Any, ...]:
+        return tuple(transform.init(params) for transform in transforms)
+
+    def update(grads: Any, states: tuple[Any, ...], params: Any) -> tuple[Any, tuple[Any, ...]]:
+        if len(states) != len(transforms):
+            raise ValueError(f"chain: found {len(states)} states; needed {len(transforms)}; make them with its init")
+        new_states = []
+        for transform, state in zip(transforms, states, strict=True):
+            grads, new_state = transform.update(grads, state, params)
+            new_states.append(new_state)
+        return grads, tuple(new_states)
+
+    return Transform(init, update)
+
+
+def signsgd(schedule: Schedule, *, momentum: float = 0.0) -> Transform:
+    """Sign gradient descent: ``update = -lr(step) * sign(buffer)`` (SignRound, arXiv 2309.05516, section 3.2).
+
+    Args:
+        schedule: step (0-d) -> learning rate, in units of the parameter.
+        momentum: in [0, 1); 0 keeps no buffer.
+
+    >>> optimizer = signsgd(linear_decay(0.5, 10))
+    >>> params = {"x": torch.tensor([1.0, 1.0])}
+    >>> optimizer.update({"x": torch.tensor([3.0, -1e-9])}, optimizer.init(params), params)[0]["x"].tolist()
+    [-0.5, 0.5]
+    """
+    return chain(trace(momentum), sign(), sgd(schedule)) if momentum else chain(sign(), sgd(schedule))
+
+
+class AdamState(NamedTuple):
+    """Step count and the running moments of the gradient."""
+
+    step: Tensor
+    mean: Any
+    square: Any
+
+
+def adamw(
+    schedule: Schedule, *, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0
+) -> Transform:
+    """AdamW (arXiv 1711.05101): bias-corrected moments, decay decoupled from the gradient.
+
+    >>> optimizer = adamw(constant(0.1))
+    >>> params = {"x": torch.tensor([1.0])}
+    >>> updates, _ = optimizer.update({"x": torch.tensor([5.0])}, optimizer.init(params), params)
+    >>> round(updates["x"].item(), 4)
+    -0.1
+    """
+
+    def init(params: Any) -> AdamState:
+        return AdamState(_step_zero(params), tree_map(torch.zeros_like, params), tree_map(torch.zeros_like, params))
+
+    def update(grads: Any, state: AdamState, params: Any) -> tuple[Any, AdamState]:
+        step = state.step + 1
+        mean = tree_map(lambda old, grad: beta1 * old + (1 - beta1) * grad, state.mean, grads)
+        square = tree_map(lambda old, grad: beta2 * old + (1 - beta2) * grad * grad, state.square, grads)
+        rate = schedule(state.step)
+        mean_scale = 1 / (1 - beta1 ** step.float())
+        square_scale = 1 / (1 - beta2 ** step.float())
+
+        def direction(m: Tensor, s: Tensor, param: Tensor) -> Tensor:
+            return -rate * (m * mean_scale / ((s * square_scale).sqrt() + eps) + weight_decay * param)
+
+        return tree_map(direction, mean, square, params), AdamState(step, mean, square)
+
+    return Transform(init, update)
+
+
+def by_field(params: Params) -> dict[str, RoundingParams]:
+    """Label each leaf of ``Params``: "offset" or "clip"."""
+    labels = RoundingParams("offset", "clip", "clip")  # type: ignore[arg-type]
+    return dict.fromkeys(params, labels)
+
+
+def partition(transforms: Mapping[str, Transform], label: Callable[[Any], Any]) -> Transform:
+    """Give each leaf to the transform that its label names.
+
+    Args:
+        transforms: label -> transform.
+        label: params -> pytree of labels with the same structure.
+
+    Raises:
+        ValueError: a leaf has a label without a transform.
+
+    >>> optimizer = partition({"a": sgd(constant(1.0)), "b": sgd(constant(2.0))}, lambda params: {"x": "a", "y": "b"})
+    >>> params = {"x": torch.tensor(0.0), "y": torch.tensor(0.0)}
+    >>> grads = {"x": torch.tensor(1.0), "y": torch.tensor(1.0)}
+    >>> {name: update.item() for name, update in optimizer.update(grads, optimizer.init(params), params)[0].items()}
+    {'x': -1.0, 'y': -2.0}
+    """
+
+    def leaves_by_label(tree: Any, labels: list[str]) -> dict[str, list[Tensor]]:
+        leaves, _ = tree_flatten(tree)
+        return {name: [leaf for leaf, own in zip(leaves, labels, strict=True) if own == name] for name in transforms}
+
+    def init(params: Any) -> dict[str, Any]:
+        labels, _ = tree_flatten(label(params))
+        if unknown := sorted(set(labels) - set(transforms)):
+            raise ValueError(f"partition: found labels {unknown} without a transform; needed among {list(transforms)}")
+        return {name: transforms[name].init(part) for name, part in leaves_by_label(params, labels).items()}
+
+    def update(grads: Any, states: dict[str, Any], params: Any) -> tuple[Any, dict[str, Any]]:
+        labels, _ = tree_flatten(label(params))
+        grad_parts, param_parts = leaves_by_label(grads, labels), leaves_by_label(params, labels)
+        results = {name: transforms[name].update(grad_parts[name], states[name], param_parts[name])
+                   for name in transforms}  # fmt: skip
+        updates = {name: iter(result[0]) for name, result in results.items()}
+        merged = [next(updates[name]) for name in labels]
+        return tree_unflatten(merged, tree_flatten(grads)[1]), {name: result[1] for name, result in results.items()}
+
+    return Transform(init, update)
+
+
+def apply_updates(params: Any, updates: Any) -> Any:
+    """``params + updates``, leaf by leaf."""
+    return tree_map(torch.add, params, updates)
+
+
+def project(params: Params) -> Params:
+    """Put every parameter back inside its bounds.
+
+    >>> clip = torch.tensor([[1.5]])
+    >>> project({"q_proj": RoundingParams(torch.tensor([[[-0.7]]]), clip, clip)})["q_proj"].clip_max_OG.item()
+    1.0
+    """
+    lower, upper = int_grid.bounds()
+    return {
+        path: RoundingParams(*(leaf.clamp(lo, hi) for leaf, lo, hi in zip(leaves, lower, upper, strict=True)))
+        for path, leaves in params.items()
+    }
+
+
+def _step_zero(params: Any) -> Tensor:
+    leaves = tree_flatten(params)[0]
+    return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)

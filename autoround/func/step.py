@@ -1,0 +1,156 @@
+"""One tuning step as a pure function: value and gradient, update, projection (SignRound, arXiv 2309.05516, section 3.2)."""
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from autoround.func import optim
+from autoround.func.block import BlockFn
+from autoround.func.grids import int as int_grid
+from autoround.func.types import Batch, BlockWeights, Params, Prepared, TuneState
+from autoround.spec import QuantSpec
+
+Specs: TypeAlias = Mapping[str, QuantSpec]
+Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+Gradient: TypeAlias = Callable[[BlockWeights, Params, Batch], tuple[Params, Tensor]]
+Update: TypeAlias = Callable[[TuneState, Params, Tensor], TuneState]
+Step: TypeAlias = Callable[[BlockWeights, TuneState, Batch], tuple[TuneState, Tensor]]
+
+
+def mse(output_BTD: Tensor, target_BTD: Tensor, valid_BT: Tensor) -> Tensor:
+    """Mean squared error over valid tokens, in float32.
+
+    >>> mse(torch.ones(1, 2, 3), torch.zeros(1, 2, 3), torch.tensor([[True, False]])).item()
+    1.0
+    """
+    error_BTD = (output_BTD.float() - target_BTD.float()).square() * valid_BT.unsqueeze(-1)
+    return error_BTD.sum() / (valid_BT.sum() * output_BTD.shape[-1])
+
+
+def init_params(tuned: Mapping[str, Prepared]) -> Params:
+    """Round-to-nearest parameters for every weight of a block."""
+    return {path: int_grid.init(prepared) for path, prepared in tuned.items()}
+
+
+def init_state(params: Params, optimizer: optim.Transform, *, keep_best: bool = True) -> TuneState:
+    """State before the first step; with ``keep_best=False`` no second copy of the parameters is carried."""
+    device = next(iter(params.values())).offset_OGS.device if params else None
+    return TuneState(
+        params=params,
+        opt_state=optimizer.init(params),
+        best_params=params if keep_best else {},
+        best_loss=torch.full((), torch.inf, device=device),
+        step=torch.zeros((), dtype=torch.int64, device=device),
+    )
+
+
+def block_weights(weights: BlockWeights, params: Params, specs: Specs, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All tensors of a block by name, the tuned ones fake-quantized and cast to the compute dtype."""
+    tuned = {f"{path}.weight": int_grid.fake_quantize(prepared, params[path], specs[path]).to(dtype)
+             for path, prepared in weights.tuned.items()}  # fmt: skip
+    return {**weights.frozen, **tuned}
+
+
+def make_gradient(block_fn: BlockFn, specs: Specs, *, loss: Loss = mse, dtype: torch.dtype = torch.float32) -> Gradient:
+    """Build ``(weights, params, batch) -> (gradient, loss)``.
+
+    Args:
+        block_fn: the lifted block.
+        specs: module path relative to the block -> how its weight is stored.
+        loss: (output_BTD, target_BTD, valid_BT) -> 0-d tensor.
+        dtype: in which the block computes; parameters and gradients are float32 whatever it is.
+    """
+
+    def gradient(weights: BlockWeights, params: Params, batch: Batch) -> tuple[Params, Tensor]:
+        def objective(own: Params) -> Tensor:
+            output_BTD = block_fn(block_weights(weights, own, specs, dtype), batch.call)
+            return loss(output_BTD, batch.target_BTD, batch.valid_BT)
+
+        grads, value = torch.func.grad_and_value(objective)(params)
+        return grads, value
+
+    return gradient
+
+
+def make_update(optimizer: optim.Transform) -> Update:
+    """Build ``(state, gradient, loss) -> state``: best-so-far bookkeeping, optimizer update, projection.
+
+    The loss belongs to the parameters before the update, and so do the ``best_params`` it may select.
+    """
+
+    def update(state: TuneState, grads: Params, value: Tensor) -> TuneState:
+        improved = value < state.best_loss
+        best_params = state.best_params
+        if best_params:
+            best_params = tree_map(lambda new, old: torch.where(improved, new, old), state.params, best_params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optim.project(optim.apply_updates(state.params, updates))
+        return TuneState(params, opt_state, best_params, torch.minimum(value, state.best_loss), state.step + 1)
+
+    return update
+
+
+def make_step(
+    block_fn: BlockFn,
+    specs: Specs,
+    optimizer: optim.Transform,
+    *,
+    loss: Loss = mse,
+    dtype: torch.dtype = torch.float32,
+) -> Step:
+    """Build ``(weights, state, batch) -> (state, loss)``, one traceable function for blocks of equal signature.
+
+    Weights are arguments, so ``torch.compile(step, fullgraph=True, dynamic=False)`` compiles once for all of them.
+
+    Args:
+        block_fn: the lifted block.
+        specs: module path relative to the block -> how its weight is stored.
+        optimizer: for example ``signsgd(linear_decay(1 / iters, iters))``.
+        loss: (output_BTD, target_BTD, valid_BT) -> 0-d tensor.
+        dtype: in which the block computes.
+
+    >>> from autoround.func.block import make_block_fn, split_weights
+    >>> from autoround.func.types import Call
+    >>> block, specs = torch.nn.Sequential(torch.nn.Linear(8, 8)), {"0": QuantSpec(bits=2, group_size=8)}
+    >>> weights, optimizer = split_weights(block, specs), optim.signsgd(optim.linear_decay(0.1, 10))
+    >>> step = make_step(make_block_fn(block), specs, optimizer)
+    >>> state = init_state(init_params(weights.tuned), optimizer)
+    >>> x = torch.ones(1, 4, 8)
+    >>> batch = Batch(Call((x,), {}), block(x).detach(), torch.ones(1, 4, dtype=torch.bool))
+    >>> _, first = step(weights, state, batch)
+    >>> for _ in range(10): state, value = step(weights, state, batch)
+    >>> bool(value < first), int(state.step)
+    (True, 10)
+    """
+    gradient, update = make_gradient(block_fn, specs, loss=loss, dtype=dtype), make_update(optimizer)
+
+    def step(weights: BlockWeights, state: TuneState, batch: Batch) -> tuple[TuneState, Tensor]:
+        grads, value = gradient(weights, state.params, batch)
+        return update(state, grads, value), value
+
+    return step
+
+
+def accumulate(gradient: Gradient, update: Update) -> Callable[[BlockWeights, TuneState, list[Batch]], tuple[TuneState, Tensor]]:
+    """A step over several micro-batches, summed in order and weighted by their valid tokens.
+
+    Args:
+        gradient: from ``make_gradient``, compiled or not.
+        update: from ``make_update``, compiled or not.
+    """
+
+    def step(weights: BlockWeights, state: TuneState, batches: list[Batch]) -> tuple[TuneState, Tensor]:
+        total = torch.stack([batch.valid_BT.sum() for batch in batches]).sum()
+        grads, value = None, torch.zeros_like(state.best_loss)
+        for batch in batches:
+            share = batch.valid_BT.sum() / total
+            part, part_value = gradient(weights, state.params, batch)
+            part = tree_map(lambda leaf, share=share: leaf * share, part)
+            grads = part if grads is None else tree_map(torch.add, grads, part)
+            value = value + part_value * share
+        return update(state, grads, value), value
+
+    return step

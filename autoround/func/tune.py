@@ -1,0 +1,57 @@
+"""The loop over steps."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from autoround.errors import ModelError
+from autoround.func.types import BlockWeights, Params, TuneState
+
+B = TypeVar("B")
+
+
+class TuneResult(NamedTuple):
+    """Outcome of tuning one block.
+
+    Attributes:
+        params: the last parameters, or those of the best step where the state carried them.
+        losses_K: float32, loss of every step, each measured before its update.
+    """
+
+    params: Params
+    losses_K: Tensor
+
+
+def tune_block(
+    step: Callable[[BlockWeights, TuneState, B], tuple[TuneState, Tensor]],
+    weights: BlockWeights,
+    state: TuneState,
+    batches: Iterable[B],
+    *,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> TuneResult:
+    """Run a step over batches. No batches means no steps: the result is then the state's own parameters.
+
+    Args:
+        step: from ``make_step`` or ``accumulate``, compiled or not.
+        weights: the block's tensors.
+        state: from ``init_state``; its ``best_params`` decide whether the best or the last parameters are returned.
+        batches: one element per step.
+        on_step: called with (steps done, 0-d loss); reading the loss waits for the device.
+
+    Raises:
+        ModelError: a loss is NaN or infinite.
+    """
+    losses = []
+    for index, batch in enumerate(batches, start=1):
+        state, loss = step(weights, state, batch)
+        losses.append(loss)
+        if on_step is not None:
+            on_step(index, loss)
+    losses_K = torch.stack(losses) if losses else torch.zeros(0)
+    if not bool(torch.isfinite(losses_K).all()):
+        first = int((~torch.isfinite(losses_K)).nonzero()[0])
+        raise ModelError(f"loss is {losses_K[first].item()} at step {first}; needed a finite one; try --model_dtype float32")
+    return TuneResult(state.best_params or state.params, losses_K)

@@ -1,0 +1,5 @@
+"""The package's logger; nothing is configured on import."""
+
+import logging
+
+LOGGER = logging.getLogger("autoround")

@@ -1,0 +1,204 @@
+"""The plan: the fate of every weight, decided before any work starts. Torch-free."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from autoround.errors import UsageError
+from autoround.spec import WHOLE_ROW, QuantSpec
+
+FITTING_GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """A weight that could be quantized.
+
+    Attributes:
+        path: module path in the model, such as ``model.layers.0.self_attn.q_proj``.
+        out_features: rows of the weight.
+        in_features: columns of the weight, along which groups run.
+    """
+
+    path: str
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockShape:
+    """A transformer block: its module path and its layers in definition order."""
+
+    path: str
+    layers: tuple[LayerShape, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Structure:
+    """What of a model matters for a plan.
+
+    Attributes:
+        architecture: class name, such as ``LlamaForCausalLM``.
+        blocks: in call order.
+        outside: layers outside all blocks (lm_head, …), which stay unquantized.
+    """
+
+    architecture: str
+    blocks: tuple[BlockShape, ...]
+    outside: tuple[LayerShape, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormatRules:
+    """What a checkpoint layout and its loaders can hold.
+
+    Attributes:
+        name: as the user types it.
+        bits: widths it stores.
+        group_sizes: sizes its loaders run, -1 for whole rows; empty means any.
+        uniform_group: one group size for the whole model.
+        multiple: out_features and in_features must be multiples of this.
+        zero_min: smallest zero point it stores.
+    """
+
+    name: str
+    bits: tuple[int, ...] = (2, 3, 4, 8)
+    group_sizes: tuple[int, ...] = ()
+    uniform_group: bool = False
+    multiple: int = 1
+    zero_min: int = 0
+
+    def takes_group(self, group_size: int) -> bool:
+        return not self.group_sizes or group_size in self.group_sizes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPlan:
+    """The fate of one layer: a spec, or kept with the reason why."""
+
+    shape: LayerShape
+    spec: QuantSpec | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockPlan:
+    """A block's path and the fate of its layers."""
+
+    path: str
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def specs(self) -> dict[str, QuantSpec]:
+        """Path relative to the block -> spec, for the layers that are quantized."""
+        return {layer.shape.path.removeprefix(f"{self.path}."): layer.spec for layer in self.layers if layer.spec is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The fate of every layer of a model.
+
+    Attributes:
+        spec: what most layers get; ``group_size`` here is what configuration files name.
+        blocks: in call order.
+        outside: layers outside the blocks.
+        notes: decisions worth telling the user, one line each.
+    """
+
+    architecture: str
+    spec: QuantSpec
+    blocks: tuple[BlockPlan, ...]
+    outside: tuple[LayerPlan, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> dict[str, LayerPlan]:
+        """Every layer by path."""
+        inside = (layer for block in self.blocks for layer in block.layers)
+        return {layer.shape.path: layer for layer in (*inside, *self.outside)}
+
+    @property
+    def specs(self) -> dict[str, QuantSpec]:
+        """Path -> spec of every quantized layer."""
+        return {path: layer.spec for path, layer in self.layers.items() if layer.spec is not None}
+
+
+def resolve(spec: QuantSpec, odd_shapes: str, structure: Structure, rules: Sequence[FormatRules]) -> Plan:
+    """Decide the fate of every weight.
+
+    Args:
+        spec: what the user asked for.
+        odd_shapes: for rows that ``spec.group_size`` does not divide: "fit" takes the largest group size that the
+            layer and every format take, "keep" leaves the layer unquantized, "fail" raises.
+        structure: the model.
+        rules: of every requested format.
+
+    Raises:
+        UsageError: a format cannot hold the spec, a shape does not fit, or nothing is left to quantize.
+    """
+    for rule in rules:
+        if spec.bits not in rule.bits:
+            raise UsageError(f"format {rule.name}: found bits {spec.bits}; needed one of {', '.join(map(str, rule.bits))}")
+    spec = replace(spec, zero_min=max((rule.zero_min for rule in rules), default=0))
+    layers = [layer for block in structure.blocks for layer in block.layers]
+    spec, notes = _fit_whole_model(spec, odd_shapes, layers, rules)
+    blocks = tuple(
+        BlockPlan(path=block.path, layers=tuple(_fate(layer, spec, odd_shapes, rules) for layer in block.layers))
+        for block in structure.blocks
+    )
+    if not any(block.specs for block in blocks):
+        reasons = sorted({layer.reason for block in blocks for layer in block.layers})
+        raise UsageError(f"plan: found no layer to quantize ({'; '.join(reasons)}); use a smaller --group_size or other formats")
+    outside = tuple(LayerPlan(shape=shape, spec=None, reason="outside the blocks") for shape in structure.outside)
+    refitted = sum(1 for block in blocks for each in block.specs.values() if each.group_size != spec.group_size)
+    if refitted:
+        notes.append(f"{refitted} layers take a smaller group size than {spec.group_size}, which does not divide their rows")
+    kept = [layer for block in blocks for layer in block.layers if layer.spec is None]
+    notes.extend(f"{layer.shape.path} is kept: {layer.reason}" for layer in kept)
+    return Plan(architecture=structure.architecture, spec=spec, blocks=blocks, outside=outside, notes=tuple(notes))
+
+
+def _fit_whole_model(
+    spec: QuantSpec, odd_shapes: str, layers: Sequence[LayerShape], rules: Sequence[FormatRules]
+) -> tuple[QuantSpec, list[str]]:
+    """The group size for the whole model where a format needs a single one."""
+    for rule in rules:
+        if not rule.takes_group(spec.group_size) and odd_shapes == "fail":
+            raise UsageError(f"format {rule.name}: found group_size {spec.group_size}; needed one of {rule.group_sizes}")
+    rows = {layer.in_features for layer in layers if _fits_formats(layer, rules)}
+    uniform = any(rule.uniform_group for rule in rules)
+    unfit = sorted(row for row in rows if spec.group_size != WHOLE_ROW and row % spec.group_size)
+    refused = [rule.name for rule in rules if not rule.takes_group(spec.group_size)]
+    if odd_shapes != "fit" or not (refused or (uniform and unfit)):
+        return spec, []
+    for size in _sizes_below(spec.group_size):
+        if all(rule.takes_group(size) for rule in rules) and (not uniform or all(row % size == 0 for row in rows)):
+            cause = f"{', '.join(refused)} takes no other" if refused else f"{spec.group_size} does not divide rows of {unfit[0]}"
+            return replace(spec, group_size=size), [f"group size {size} for the whole model: {cause}"]
+    return spec, []
+
+
+def _fate(layer: LayerShape, spec: QuantSpec, odd_shapes: str, rules: Sequence[FormatRules]) -> LayerPlan:
+    if not _fits_formats(layer, rules):
+        needed = max(rule.multiple for rule in rules)
+        return LayerPlan(shape=layer, spec=None, reason=f"{layer.out_features}x{layer.in_features} is not a multiple of {needed}")
+    if spec.group_size == WHOLE_ROW or layer.in_features % spec.group_size == 0:
+        return LayerPlan(shape=layer, spec=spec)
+    if odd_shapes == "fail":
+        try:
+            spec.group_of(layer.in_features)
+        except UsageError as error:
+            raise UsageError(f"{layer.path}: {error}") from None
+    if odd_shapes == "fit" and not any(rule.uniform_group for rule in rules):
+        for size in _sizes_below(spec.group_size):
+            if layer.in_features % size == 0 and all(rule.takes_group(size) for rule in rules):
+                return LayerPlan(shape=layer, spec=replace(spec, group_size=size))
+    reason = f"group_size {spec.group_size} does not divide in_features {layer.in_features}"
+    return LayerPlan(shape=layer, spec=None, reason=reason)
+
+
+def _fits_formats(layer: LayerShape, rules: Sequence[FormatRules]) -> bool:
+    return all(layer.in_features % rule.multiple == 0 and layer.out_features % rule.multiple == 0 for rule in rules)
+
+
+def _sizes_below(group_size: int) -> list[int]:
+    return [size for size in FITTING_GROUP_SIZES if size < group_size]

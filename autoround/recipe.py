@@ -1,0 +1,150 @@
+"""Every user setting in one frozen dataclass; the command line is generated from its fields. Torch-free."""
+
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any, Literal, TypedDict, cast
+
+from autoround.errors import UsageError
+from autoround.spec import QuantSpec
+
+
+class Option(TypedDict):
+    """What the command line needs to know about a field beside its name, type and default."""
+
+    help: str
+    group: str
+    flags: tuple[str, ...]
+    off_flags: tuple[str, ...]
+    choices: tuple[str, ...]
+
+
+def _option(
+    default: Any,
+    help: str,
+    group: str,
+    *flags: str,
+    off_flags: tuple[str, ...] = (),
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A field with its flags: the field's own name is always one of them."""
+    return field(default=default, metadata=Option(help=help, group=group, flags=flags, off_flags=off_flags, choices=choices))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Settings of one run; ``Recipe.preset`` starts from a named recipe.
+
+    Raises:
+        UsageError: a value out of its range; the message names the field.
+
+    >>> Recipe.preset("light", bits=2, group_size=64).spec
+    QuantSpec(bits=2, group_size=64, sym=True, scale_dtype='float16', zero_min=0)
+    """
+
+    model: str = _option("", "hub name, folder or .gguf file", "model", "model_name", "model_name_or_path")
+    revision: str | None = _option(None, "branch, tag or commit of a hub model", "model")
+    cache_dir: str | None = _option(None, "where hub downloads are kept", "model")
+    model_dtype: str | None = _option(
+        None, "dtype of the weights that stay unquantized; the checkpoint's own when unset", "model",
+        choices=("float16", "bfloat16", "float32"))  # fmt: skip
+    trust_remote_code: bool = _option(False, "run Python code that comes with the model", "model",
+                                      off_flags=("disable_trust_remote_code",))  # fmt: skip
+
+    scheme: str = _option("W4A16", "bits and group size by name: W2A16, W3A16, W4A16, W8A16, W4A16G32_ASYM …", "scheme")
+    bits: int | None = _option(None, "2, 3, 4 or 8; overrides the scheme", "scheme")
+    group_size: int | None = _option(None, "columns that share a scale, -1 for a whole row; overrides the scheme", "scheme")
+    sym: bool | None = _option(None, "symmetric or asymmetric grid; overrides the scheme", "scheme", off_flags=("asym",))
+    scale_dtype: str = _option("float16", "dtype of the scales", "scheme", choices=("float16", "bfloat16", "float32", "fp16", "bf16", "fp32"))  # fmt: skip
+    odd_shapes: Literal["fit", "keep", "fail"] = _option(
+        "fit", "rows that the group size does not divide: take a smaller one, keep them in 16 bits, or stop", "scheme",
+        choices=("fit", "keep", "fail"))  # fmt: skip
+
+    format: tuple[str, ...] = _option(("auto_round",), "comma list of layouts to write", "output", "formats")
+    output_dir: str = _option("autoround-output", "folder for the quantized model and its journal", "output")
+    overwrite: bool = _option(False, "discard what is in the output folder", "output")
+    max_shard_size: str = _option("5GB", "largest size of one weight file", "output")
+
+    dataset: Any = _option(None, "calibration text: file, folder, hub name or python-docs; options as name:num=64", "calibration")
+    nsamples: int = _option(128, "rows of calibration tokens", "calibration", "nsample")
+    seqlen: int = _option(2048, "tokens in a row", "calibration", "seq_len")
+    batch_size: int = _option(8, "rows in a tuning step", "calibration", "bs", "train_bs", "train_batch_size")
+    seed: int = _option(42, "seed of row order and batches", "calibration")
+
+    iters: int = _option(200, "tuning steps per block; 0 rounds to nearest", "tuning", "iter")
+    lr: float | None = _option(None, "learning rate of the offsets; 1/iters when unset", "tuning")
+    minmax_lr: float | None = _option(None, "learning rate of the clips; that of the offsets when unset", "tuning")
+    momentum: float = _option(0.0, "momentum of the sign gradient", "tuning")
+    adam: bool = _option(False, "AdamW in place of SignSGD", "tuning", "enable_adam")
+    gradient_accumulate_steps: int = _option(1, "micro-batches that a step is split into", "tuning")
+    clip_search: bool = _option(True, "start the clips from an activation-weighted search", "tuning", off_flags=("no_clip_search",))  # fmt: skip
+    keep: Literal["last", "best"] = _option("last", "parameters to keep: the last ones, or those of the best minibatch", "tuning", choices=("last", "best"))  # fmt: skip
+
+    device_map: str = _option("auto", "auto, cpu, cuda, xpu, hpu or a device number", "device", "device", "devices")
+    low_gpu_mem_usage: bool = _option(False, "keep activations in host memory", "device")
+    torch_compile: bool | None = _option(None, "compile the tuning step; on where it helps when unset", "device",
+                                         "enable_torch_compile", off_flags=("disable_torch_compile",))  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for name in ("nsamples", "seqlen", "batch_size", "gradient_accumulate_steps"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}: found {getattr(self, name)}; needed at least 1")
+        if self.iters < 0:
+            raise UsageError(f"iters: found {self.iters}; needed 0 (round to nearest) or more")
+        if self.batch_size % self.gradient_accumulate_steps:
+            raise UsageError(
+                f"gradient_accumulate_steps: found {self.gradient_accumulate_steps}; "
+                f"needed a divisor of batch_size {self.batch_size}"
+            )
+        if not 0 <= self.momentum < 1:
+            raise UsageError(f"momentum: found {self.momentum}; needed at least 0 and less than 1")
+        for name in ("lr", "minmax_lr"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UsageError(f"{name}: found {value}; needed a positive number")
+        if not self.format:
+            raise UsageError("format: found none; needed at least one, such as auto_round")
+        _ = self.spec  # refuses impossible bits, group sizes and schemes
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The storage asked for: the scheme, with bits, group_size and sym laid over it."""
+        given = {"bits": self.bits, "group_size": self.group_size, "sym": self.sym, "scale_dtype": self.scale_dtype}
+        return replace(QuantSpec.parse(self.scheme), **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether anything is learned from calibration text."""
+        return self.iters > 0 or self.clip_search
+
+    def learning_rate(self, bits: int) -> float:
+        """Of the offsets: ``lr``, or 1/iters, doubled for long runs at 2 and 3 bits."""
+        if self.lr is not None:
+            return self.lr
+        return (2.0 if self.iters >= 1000 and bits <= 3 else 1.0) / max(self.iters, 1)
+
+    @classmethod
+    def preset(cls, preset: str, /, **settings: Any) -> "Recipe":
+        """A named recipe: default, best, light, rtn or opt_rtn; settings given here win over it.
+
+        Raises:
+            UsageError: no such recipe, no such setting, or a value out of range.
+        """
+        if preset not in PRESETS:
+            raise UsageError(f"recipe: found {preset!r}; needed one of {', '.join(PRESETS)}")
+        known = {each.name for each in fields(cls)}
+        if unknown := sorted(set(settings) - known):
+            raise UsageError(f"recipe: found unknown settings {', '.join(unknown)}; needed among {', '.join(sorted(known))}")
+        return cls(**{**PRESETS[preset], **settings})
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "best": {"iters": 1000, "nsamples": 512},
+    "light": {"iters": 50, "lr": 5e-3},
+    "rtn": {"iters": 0, "clip_search": False},
+    "opt_rtn": {"iters": 0},
+}
+
+
+def options() -> dict[str, tuple["Field[Any]", Option]]:
+    """Every field of ``Recipe`` with its command-line description."""
+    return {each.name: (each, cast(Option, each.metadata)) for each in fields(Recipe)}
