@@ -74,7 +74,7 @@ class Recipe:
     minmax_lr: float | None = _option(None, "learning rate of the clips; that of the offsets when unset", "tuning")
     momentum: float = _option(0.0, "momentum of the sign gradient", "tuning")
     adam: bool = _option(False, "AdamW in place of SignSGD", "tuning", "enable_adam")
-    gradient_accumulate_steps: int = _option(1, "micro-batches that a step is split into", "tuning")
+    gradient_accumulate_steps: int = _option(1, "batches whose gradients one step sums up", "tuning")
     clip_search: bool = _option(True, "start the clips from an activation-weighted search", "tuning", off_flags=("no_clip_search",))  # fmt: skip
     keep: Literal["last", "best"] = _option("last", "parameters to keep: the last ones, or those of the best minibatch", "tuning", choices=("last", "best"))  # fmt: skip
 
@@ -89,11 +89,6 @@ class Recipe:
                 raise UsageError(f"{name}: found {getattr(self, name)}; needed at least 1")
         if self.iters < 0:
             raise UsageError(f"iters: found {self.iters}; needed 0 (round to nearest) or more")
-        if self.batch_size % self.gradient_accumulate_steps:
-            raise UsageError(
-                f"gradient_accumulate_steps: found {self.gradient_accumulate_steps}; "
-                f"needed a divisor of batch_size {self.batch_size}"
-            )
         if not 0 <= self.momentum < 1:
             raise UsageError(f"momentum: found {self.momentum}; needed at least 0 and less than 1")
         for name in ("lr", "minmax_lr"):

@@ -114,6 +114,7 @@ def make_step(
 
     >>> from autoround.func.block import make_block_fn, split_weights
     >>> from autoround.func.types import Call
+    >>> _ = torch.manual_seed(0)
     >>> block, specs = torch.nn.Sequential(torch.nn.Linear(8, 8)), {"0": QuantSpec(bits=2, group_size=8)}
     >>> weights, optimizer = split_weights(block, specs), optim.signsgd(optim.linear_decay(0.1, 10))
     >>> step = make_step(make_block_fn(block), specs, optimizer)

@@ -2,7 +2,7 @@
 
 Legend: O output features, I input features, G groups in a row, S columns in a group.
 
-One function, ``_round``, computes codes, scale and zero point for training and for storage alike, which is why
+Training and storage share ``scale_and_zero`` and ``round_codes``, which is why
 ``dequantize(quantize(...))`` equals ``fake_quantize(...)`` bit for bit in eager float32.
 """
 
@@ -79,7 +79,8 @@ def fake_quantize(prepared: Prepared, params: RoundingParams, spec: QuantSpec) -
     >>> fake_quantize(prepared, init(prepared), spec).tolist()
     [[-2.0, 0.0, 0.0, 1.0]]
     """
-    q_OGS, scale_OG, zero_OG = _round(prepared, params, spec)
+    scale_OG, zero_OG = scale_and_zero(prepared, params, spec)
+    q_OGS = round_codes(prepared.weight_OGS, params.offset_OGS, scale_OG, zero_OG, spec)
     return rearrange(scale_OG.unsqueeze(-1) * (q_OGS - zero_OG.unsqueeze(-1)), "o g s -> o (g s)")
 
 
@@ -98,7 +99,8 @@ def quantize(prepared: Prepared, params: RoundingParams, spec: QuantSpec) -> Int
     [[0, 2, 2, 3]]
     """
     with torch.no_grad():
-        q_OGS, scale_OG, zero_OG = _round(prepared, params, spec)
+        scale_OG, zero_OG = scale_and_zero(prepared, params, spec)
+        q_OGS = round_codes(prepared.weight_OGS, params.offset_OGS, scale_OG, zero_OG, spec)
     if not bool(torch.isfinite(scale_OG).all()):
         raise ModelError(f"found a scale beyond the range of {spec.scale_dtype}; use --scale_dtype float32")
     return IntCodes(
@@ -146,12 +148,10 @@ def scale_and_zero(prepared: Prepared, params: RoundingParams, spec: QuantSpec) 
     return scale_OG, zero_OG
 
 
-def _round(prepared: Prepared, params: RoundingParams, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (float-valued integers), scale and zero point."""
-    scale_OG, zero_OG = scale_and_zero(prepared, params, spec)
-    steps_OGS = prepared.weight_OGS / scale_OG.unsqueeze(-1) + params.offset_OGS
-    q_OGS = (_round_ste(steps_OGS) + zero_OG.unsqueeze(-1)).clamp(0, spec.code_max)
-    return q_OGS, scale_OG, zero_OG
+def round_codes(weight_OGS: Tensor, offset_OGS: Tensor | float, scale_OG: Tensor, zero_OG: Tensor, spec: QuantSpec) -> Tensor:
+    """``clamp(round(w / scale + offset) + zero, 0, 2**bits - 1)`` as float-valued integers (O, G, S), straight-through."""
+    steps_OGS = weight_OGS / scale_OG.unsqueeze(-1) + offset_OGS
+    return (_round_ste(steps_OGS) + zero_OG.unsqueeze(-1)).clamp(0, spec.code_max)
 
 
 def _round_ste(x: Tensor) -> Tensor:

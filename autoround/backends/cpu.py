@@ -1,0 +1,43 @@
+"""The CPU."""
+
+import shutil
+
+import psutil
+import torch
+
+# Measured on two cores: below this many token-steps the cold compilation costs more than it saves.
+COMPILE_TOKEN_STEPS = 1_500_000
+# Measured in bf16 training: torch's fused attention has a slow backward on CPUs; beyond this length the
+# explicit form's T x T scores cost more memory than it is worth.
+EXPLICIT_ATTENTION_TOKENS = 512
+
+
+class CpuBackend:
+    """torch on the host's processor."""
+
+    name = "cpu"
+
+    def available(self) -> bool:
+        """Always."""
+        return True
+
+    def compute_dtype(self) -> torch.dtype:
+        """bfloat16 where the processor multiplies it natively, else float32."""
+        capabilities = torch.cpu.get_capabilities()
+        native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+        return torch.bfloat16 if native else torch.float32
+
+    def attention(self, seqlen: int) -> str:
+        """Explicit attention for short rows, fused for long ones."""
+        return "eager" if seqlen <= EXPLICIT_ATTENTION_TOKENS else "sdpa"
+
+    def compile_helps(self, token_steps: int) -> bool:
+        """Only for runs that outlast the compilation, and only with a C++ compiler at hand."""
+        return token_steps >= COMPILE_TOKEN_STEPS and any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+
+    def memory_bytes(self) -> int:
+        """Resident memory of this process."""
+        return int(psutil.Process().memory_info().rss)
+
+
+CPU = CpuBackend()

@@ -1,0 +1,199 @@
+"""The journal: codes of every finished block on disk, from which a run goes on and every format is packed.
+
+Layout of the folder::
+
+    manifest.json                 what the run is; a different run is refused
+    blocks/00003.safetensors      codes of block 3: ``<layer>.q_OI``, ``<layer>.scale_OG``, ``<layer>.zero_OG``
+    activations/0.safetensors     inputs of the block after an even one, and
+    activations/1.safetensors     after an odd one, so that the last finished block's are always whole
+
+Every file is written under a temporary name, synced and renamed. A block's codes are written after its
+activations and so mark the block as finished.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from autoround.errors import JournalError
+from autoround.func.types import IntCodes
+
+MANIFEST = "manifest.json"
+
+
+class Journal:
+    """A run's folder of finished work; ``open_journal`` makes or continues one."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    def finished(self) -> int:
+        """How many blocks, from the first on, are done."""
+        count = 0
+        while self._block(count).exists():
+            count += 1
+        return count
+
+    def write_block(self, index: int, codes: Mapping[str, IntCodes], stats: Mapping[str, float]) -> None:
+        """Record a finished block.
+
+        Args:
+            index: its place in call order.
+            codes: layer path relative to the block -> codes.
+            stats: numbers to keep with it.
+
+        Raises:
+            OSError: the disk is full or not writable; nothing half-written is left.
+        """
+        tensors = {f"{path}.{name}": tensor.cpu().contiguous()
+                   for path, own in codes.items() for name, tensor in own._asdict().items()}  # fmt: skip
+        _save(self._block(index), tensors, {"stats": json.dumps(dict(stats))})
+
+    def read_block(self, index: int) -> dict[str, IntCodes]:
+        """Codes of a finished block by layer path relative to the block.
+
+        Raises:
+            JournalError: the block is missing or its file is damaged.
+        """
+        tensors, _ = _load(self._block(index))
+        paths = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
+        return {path: IntCodes(*(tensors[f"{path}.{field}"] for field in IntCodes._fields)) for path in paths}
+
+    def read_stats(self, index: int) -> dict[str, float]:
+        """Numbers kept with a finished block."""
+        _, metadata = _load(self._block(index), tensors=False)
+        stats: dict[str, float] = json.loads(metadata["stats"])
+        return stats
+
+    def write_activations(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the inputs of the block after ``index``, replacing those of the block before it."""
+        _save(self._slot(index), {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {"block": str(index)})
+
+    def read_activations(self, index: int) -> dict[str, Tensor]:
+        """The inputs of the block after ``index``.
+
+        Raises:
+            JournalError: they are missing, of another block, or damaged.
+        """
+        tensors, metadata = _load(self._slot(index))
+        if metadata.get("block") != str(index):
+            raise JournalError(f"{self._slot(index)}: found activations of block {metadata.get('block')}; needed {index}; "
+                               "start anew with --overwrite")  # fmt: skip
+        return tensors
+
+    def drop_activations(self) -> None:
+        """Forget activations: after the last block nothing needs them."""
+        shutil.rmtree(self.folder / "activations", ignore_errors=True)
+
+    def _block(self, index: int) -> Path:
+        return self.folder / "blocks" / f"{index:05d}.safetensors"
+
+    def _slot(self, index: int) -> Path:
+        return self.folder / "activations" / f"{index % 2}.safetensors"
+
+
+def open_journal(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool = False) -> Journal:
+    """Begin a journal, or continue the one in the folder if it is of the same run.
+
+    Args:
+        folder: made if missing.
+        manifest: JSON-serializable description of everything that decides the codes.
+        overwrite: discard a journal that is there.
+
+    Raises:
+        JournalError: the folder holds another run's journal (the message says what differs) or none of ours.
+    """
+    manifest = json.loads(json.dumps(manifest))
+    if overwrite and (folder / MANIFEST).exists():
+        shutil.rmtree(folder)
+    if (folder / MANIFEST).exists():
+        differences = list(_differences(read_manifest(folder), manifest))
+        if differences:
+            raise JournalError(
+                f"{folder}: found the journal of another run ({'; '.join(differences)}); "
+                "use another --output_dir, or --overwrite to discard it"
+            )
+        return Journal(folder, manifest)
+    if folder.exists() and any(folder.iterdir()):
+        raise JournalError(f"{folder}: found files that are not a journal; use another --output_dir or move them away")
+    for name in ("blocks", "activations"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    with _replacing(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True))
+    return Journal(folder, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a journal.
+
+    Raises:
+        JournalError: there is none, or it is not JSON.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise JournalError(f"{folder / MANIFEST}: {error}; needed a journal's manifest; start anew with --overwrite") from error
+    return manifest
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in sorted(set(old) | set(new)):
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            yield from _differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            yield f"{prefix}{key}: was {before!r}, now {now!r}"
+
+
+def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with _replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def _load(path: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as handle:
+            names = list(handle.keys()) if tensors else []
+            return {name: handle.get_tensor(name) for name in names}, handle.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise JournalError(f"{path}: {error}; needed a file of this journal; start anew with --overwrite") from error
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes ``path``, synced, when the block ends well, and vanishes when it does not."""
+    temporary = path.with_name(f"{path.name}.partial")
+    try:
+        yield temporary
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def digest(tensors: Iterator[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors, one at a time."""
+    import hashlib
+
+    total = hashlib.sha256()
+    for name, tensor in tensors:
+        total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        total.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return total.hexdigest()

@@ -1,0 +1,111 @@
+"""What a run tells while it works. Torch-free."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+REPORT_SECONDS = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """A moment of a run; sent a few times a second while tuning and when a phase begins.
+
+    Attributes:
+        phase: what is being done.
+        block, blocks: number of the current block, from 1, and of all; block is 0 before the first.
+        step, steps: of the current block.
+        loss_first, loss: of the first step and of the latest; None before the first step.
+        tokens_per_second: of tuning in this block.
+        seconds, eta_seconds: since the start, and still to go as far as known.
+        memory_bytes: held by this process on the device in use.
+        message: detail of the phase.
+    """
+
+    phase: Literal["calibration", "tuning", "export", "verify"]
+    block: int
+    blocks: int
+    step: int = 0
+    steps: int = 0
+    loss_first: float | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    seconds: float = 0.0
+    eta_seconds: float | None = None
+    memory_bytes: int = 0
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockDone:
+    """A finished block.
+
+    Attributes:
+        index: from 0, in call order.
+        path: module path in the model.
+        loss_first, loss_best, loss_last: mean squared error of the block's output on the minibatch of the first
+            step, the best and the last; 0 where nothing was tuned.
+        seconds: spent on it.
+        resumed: taken from the journal of an interrupted run.
+    """
+
+    index: int
+    path: str
+    loss_first: float = 0.0
+    loss_best: float = 0.0
+    loss_last: float = 0.0
+    seconds: float = 0.0
+    resumed: bool = False
+
+
+class Meter:
+    """Turns the engine's steps into ``Progress`` events, at most a few a second."""
+
+    def __init__(
+        self, blocks: int, steps: int, memory: Callable[[], int], listen: Callable[[Progress], None] | None
+    ) -> None:
+        self._blocks, self._steps, self._memory, self._listen = blocks, steps, memory, listen
+        self._start = time.monotonic()
+        self._block, self._block_start, self._first_block, self._reported = 0, self._start, 0, 0.0
+        self._tuning_start, self._loss_first = self._start, 0.0
+
+    def phase(self, phase: Literal["calibration", "tuning", "export", "verify"], message: str) -> None:
+        """A phase begins."""
+        if self._listen is not None:
+            self._listen(Progress(phase=phase, block=self._block, blocks=self._blocks, seconds=self._elapsed(),
+                                  memory_bytes=self._memory(), message=message))  # fmt: skip
+
+    def resumed(self, index: int, path: str, stats: Mapping[str, float]) -> BlockDone:
+        """A block was found finished."""
+        self._block = self._first_block = index + 1
+        self._start = time.monotonic()
+        return BlockDone(index=index, path=path, resumed=True, **stats)
+
+    def begin(self, index: int, path: str) -> None:
+        """A block begins."""
+        self._block, self._block_start = index + 1, time.monotonic()
+        self.phase("tuning", path)
+
+    def step(self, step: int, tokens: int, loss: Callable[[], float]) -> None:
+        """A tuning step of so many tokens is done; its loss is read only when it is time to report."""
+        now = time.monotonic()
+        if step == 1:
+            self._tuning_start, self._loss_first, self._reported = now, loss(), 0.0
+        if self._listen is None or now - self._reported < REPORT_SECONDS:
+            return
+        self._reported = now
+        done = self._block - self._first_block - 1 + step / max(self._steps, 1)
+        rate = (step - 1) * tokens / (now - self._tuning_start) if step > 1 else None
+        self._listen(Progress(
+            phase="tuning", block=self._block, blocks=self._blocks, step=step, steps=self._steps,
+            loss_first=self._loss_first, loss=loss(), tokens_per_second=rate, seconds=self._elapsed(),
+            eta_seconds=self._elapsed() / done * (self._blocks - self._first_block - done),
+            memory_bytes=self._memory()))  # fmt: skip
+
+    def end(self, index: int, path: str, stats: Mapping[str, float]) -> BlockDone:
+        """A block is finished."""
+        return BlockDone(index=index, path=path, seconds=time.monotonic() - self._block_start, **stats)
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._start
