@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import SPECS, random_params, weights_OI
+from tests.func.cases import SPECS, random_params, weights_OI
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
