@@ -41,7 +41,8 @@ def init_state(params: Params, optimizer: optim.Transform, *, keep_best: bool = 
     return TuneState(
         params=params,
         opt_state=optimizer.init(params),
-        best_params=params if keep_best else {},
+        # copies: a compiled step would be traced once more for inputs that are one tensor twice
+        best_params=tree_map(torch.clone, params) if keep_best else {},
         best_loss=torch.full((), torch.inf, device=device),
         step=torch.zeros((), dtype=torch.int64, device=device),
     )

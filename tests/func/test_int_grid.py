@@ -9,7 +9,7 @@ from torch import Tensor
 
 from autoround import func as F
 from autoround.errors import ModelError, UsageError
-from autoround.func.grids.int import bounds, init, scale_and_zero
+from autoround.func.grids.int import bounds, init, round_to_dtype, scale_and_zero
 
 
 @given(weights_OI(), st.sampled_from(SPECS), st.integers(0, 2**32))
@@ -141,3 +141,11 @@ def test_clips_get_float32_gradients_where_float16_ones_would_vanish() -> None:
     prepared = F.prepare(torch.randn(2, 32, generator=torch.Generator().manual_seed(0)), spec)
     grads = torch.func.grad(lambda p: F.fake_quantize(prepared, p, spec).sum() * 1e-9)(init(prepared))
     assert float(grads.clip_min_OG.abs().sum() + grads.clip_max_OG.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_scales_are_rounded_to_their_dtype_compiled_or_not(dtype: str, compiled: bool) -> None:
+    x = torch.randn(2**14, generator=torch.Generator().manual_seed(0)) * 10 ** torch.linspace(-8, 4, 2**14)
+    rounding = torch.compile(round_to_dtype, fullgraph=True) if compiled else round_to_dtype
+    assert torch.equal(rounding(x, dtype), x.to(getattr(torch, dtype)).float())

@@ -101,11 +101,12 @@ def quantize(prepared: Prepared, params: RoundingParams, spec: QuantSpec) -> Int
     with torch.no_grad():
         scale_OG, zero_OG = scale_and_zero(prepared, params, spec)
         q_OGS = round_codes(prepared.weight_OGS, params.offset_OGS, scale_OG, zero_OG, spec)
-    if not bool(torch.isfinite(scale_OG).all()):
-        raise ModelError(f"found a scale beyond the range of {spec.scale_dtype}; use --scale_dtype float32")
+    stored_OG = scale_OG.to(getattr(torch, spec.scale_dtype))
+    if not bool(torch.isfinite(stored_OG).all()):
+        raise ModelError(f"found a scale of {float(scale_OG.abs().max()):.3g}, beyond {spec.scale_dtype}; use --scale_dtype float32")
     return IntCodes(
         rearrange(q_OGS, "o g s -> o (g s)").to(torch.uint8),
-        scale_OG.to(getattr(torch, spec.scale_dtype)),
+        stored_OG,
         zero_OG.to(torch.uint8),
     )
 
@@ -161,4 +162,24 @@ def _round_ste(x: Tensor) -> Tensor:
 
 def _cast_ste(x: Tensor, dtype: str) -> Tensor:
     """Round to a dtype's values; the gradient stays float32, where a cast would make small ones underflow."""
-    return x.detach().to(getattr(torch, dtype)).to(x.dtype) + (x - x.detach())
+    return round_to_dtype(x.detach(), dtype) + (x - x.detach())
+
+
+def round_to_dtype(x: Tensor, dtype: str) -> Tensor:
+    """Round float32 to the nearest value of a narrower dtype, ties to even, without leaving float32.
+
+    Compilers drop casts down and up again; integer arithmetic on the bits survives them. Values beyond the
+    dtype's range are not turned into infinities here.
+
+    >>> round_to_dtype(torch.tensor([1 / 3, 3e-8]), "float16").tolist() == torch.tensor([1 / 3, 3e-8]).half().tolist()
+    True
+    """
+    if dtype == "float32":
+        return x
+    dropped = 13 if dtype == "float16" else 16
+    bits = x.view(torch.int32)
+    bits = bits + (2 ** (dropped - 1) - 1) + ((bits >> dropped) & 1)
+    rounded = (bits & -(2**dropped)).view(torch.float32)
+    if dtype == "float16":  # below 2**-14 its values are 2**-24 apart, as float32's are around 0.75
+        rounded = torch.where(x.abs() < 2.0**-14, (x + 0.75) - 0.75, rounded)
+    return rounded

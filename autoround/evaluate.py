@@ -1,0 +1,80 @@
+"""Quality of a quantized model against the float one: perplexity and KL divergence over the same tokens."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class TokenScores(NamedTuple):
+    """One number per predicted token (P of them), in reading order.
+
+    Attributes:
+        nll_P: float64, negative log likelihood of the true token, in nats.
+        kl_P: float64, KL divergence from the reference's distribution to this model's, in nats.
+        agrees_P: bool, whether both rank the same token first.
+    """
+
+    nll_P: Tensor
+    kl_P: Tensor
+    agrees_P: Tensor
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log likelihood."""
+        return math.exp(float(self.nll_P.mean()))
+
+    @property
+    def kl(self) -> float:
+        """Mean KL divergence per token, in nats."""
+        return float(self.kl_P.mean())
+
+    @property
+    def kl_error(self) -> float:
+        """Standard error of ``kl``."""
+        return float(self.kl_P.std() / len(self.kl_P) ** 0.5)
+
+    @property
+    def top1(self) -> float:
+        """Share of tokens on which both rank the same token first."""
+        return float(self.agrees_P.double().mean())
+
+
+def compare(
+    reference: nn.Module, candidates: Mapping[str, nn.Module], tokens_NT: Tensor, *, reference_name: str = "float"
+) -> dict[str, TokenScores]:
+    """Score candidates against a reference, row by row, all on the same tokens.
+
+    Args:
+        reference: a causal language model of transformers, in any float dtype.
+        candidates: name -> model with the same vocabulary.
+        tokens_NT: int64 (N, T), T >= 2; each row is scored on its own.
+        reference_name: name of the reference's own scores in the result.
+
+    Returns:
+        name -> scores over the N * (T - 1) predicted tokens; log-probabilities are taken in float32.
+    """
+    models = {reference_name: reference, **candidates}
+    found: dict[str, list[TokenScores]] = {name: [] for name in models}
+    for tokens_T in tokens_NT:
+        expected_TV = _log_probabilities(reference, tokens_T)
+        for name, model in models.items():
+            log_TV = expected_TV if model is reference else _log_probabilities(model, tokens_T)
+            found[name].append(_score(expected_TV, log_TV, tokens_T[1:]))
+    return {name: TokenScores(*(torch.cat(parts) for parts in zip(*rows, strict=True))) for name, rows in found.items()}
+
+
+def _log_probabilities(model: nn.Module, tokens_T: Tensor) -> Tensor:
+    with torch.inference_mode():
+        device = next(model.parameters()).device
+        logits_TV = model(input_ids=tokens_T[None].to(device), use_cache=False).logits[0, :-1]
+        return logits_TV.float().log_softmax(-1).cpu()
+
+
+def _score(expected_TV: Tensor, log_TV: Tensor, next_T: Tensor) -> TokenScores:
+    kl_T = (expected_TV.exp() * (expected_TV - log_TV)).sum(-1)
+    return TokenScores(
+        -log_TV.gather(-1, next_T[:, None])[:, 0].double(), kl_T.double(), expected_TV.argmax(-1) == log_TV.argmax(-1)
+    )
