@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from autoround import func
 from autoround.backends.base import Numerics, jit, select
-from autoround.data.tokens import Calibration, load_calibration
+from autoround.data.tokens import Calibration, load_calibration, needs_tokenizer
 from autoround.formats.registry import get_format, rules
-from autoround.formats.verify import verify_checkpoint
 from autoround.formats.writer import write_checkpoint
 from autoround.func import init
 from autoround.journal import MANIFEST, Journal, digest, open_journal, read_manifest
@@ -26,7 +25,6 @@ from autoround.plan import BlockPlan, Plan, resolve
 from autoround.progress import BlockDone, Meter, Progress
 from autoround.recipe import Recipe
 
-DEFAULT_DATASET = "NeelNanda/pile-10k"
 # Rows that the clip search weighs input channels by; more do not change its choice.
 MOMENT_ROWS = 32
 # Settings that decide no code by themselves: what they stand for is in the manifest in another form, or nothing is.
@@ -151,13 +149,17 @@ class Run:
         output, names = Path(output_dir or self.recipe.output_dir), tuple(formats or self.recipe.format)
         folders = tuple(output if len(names) == 1 else output / name.replace(":", "_") for name in names)
         for name, folder in zip(names, folders, strict=True):
-            layout = get_format(name)
             self._meter.phase("export", f"{name} in {folder}")
             write_checkpoint(
-                self.model, self.plan, self._journal.read_block, layout, folder,
-                max_shard_size=self.recipe.max_shard_size, dtype=self.recipe.model_dtype)  # fmt: skip
-            self._meter.phase("verify", f"{name} in {folder}")
-            verify_checkpoint(self.model, self.plan, self._journal.read_block, layout, folder, dtype=self.recipe.model_dtype)
+                self.model,
+                self.plan,
+                self._journal.read_block,
+                get_format(name),
+                folder,
+                max_shard_size=self.recipe.max_shard_size,
+                dtype=self.recipe.model_dtype or ("float16" if self.model.gguf_file else None),
+                overwrite=True,
+            )
         return folders
 
     def _default_numerics(self) -> Numerics:
@@ -177,12 +179,13 @@ class Run:
         self._meter.phase("calibration", "reading text")
         recipe = self.recipe
         return load_calibration(
-            DEFAULT_DATASET if recipe.dataset is None else recipe.dataset,
-            self.model.tokenizer(),
+            recipe.dataset,
+            self.model.tokenizer() if needs_tokenizer(recipe.dataset) else None,
             nsamples=recipe.nsamples,
             seqlen=recipe.seqlen,
             batch_size=recipe.batch_size * recipe.gradient_accumulate_steps,
             seed=recipe.seed,
+            vocab_size=self.model.config.get_text_config().vocab_size,
         )
 
     def _open_journal(self, calibration: Calibration | None) -> Journal:

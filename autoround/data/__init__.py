@@ -1,0 +1,1 @@
+"""Calibration data: from the text of ``--dataset`` to token batches."""
