@@ -77,7 +77,11 @@ class Journal:
 
     def write_activations(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep the inputs of the block after ``index``, replacing those of the block before it."""
-        _save(self._slot(index), {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {"block": str(index)})
+        _save(
+            self._slot(index),
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+            {"block": str(index)},
+        )
 
     def read_activations(self, index: int) -> dict[str, Tensor]:
         """The inputs of the block after ``index``.
@@ -142,7 +146,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise JournalError(f"{folder / MANIFEST}: {error}; needed a journal's manifest; start anew with --overwrite") from error
+        raise JournalError(
+            f"{folder / MANIFEST}: {error}; needed a journal's manifest; start anew with --overwrite"
+        ) from error
     return manifest
 
 

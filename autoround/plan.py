@@ -17,11 +17,13 @@ class LayerShape:
         path: module path in the model, such as ``model.layers.0.self_attn.q_proj``.
         out_features: rows of the weight.
         in_features: columns of the weight, along which groups run.
+        tied_to: path of the module whose weight it shares, as an output head may that of the embedding; else empty.
     """
 
     path: str
     out_features: int
     in_features: int
+    tied_to: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,7 @@ class FormatRules:
         uniform_group: one group size for the whole model.
         multiple: out_features and in_features must be multiples of this.
         zero_min: smallest zero point it stores.
+        scale_dtypes: of the scales it stores; empty means any.
     """
 
     name: str
@@ -66,6 +69,7 @@ class FormatRules:
     uniform_group: bool = False
     multiple: int = 1
     zero_min: int = 0
+    scale_dtypes: tuple[str, ...] = ()
 
     def takes_group(self, group_size: int) -> bool:
         return not self.group_sizes or group_size in self.group_sizes
@@ -90,7 +94,11 @@ class BlockPlan:
     @property
     def specs(self) -> dict[str, QuantSpec]:
         """Path relative to the block -> spec, for the layers that are quantized."""
-        return {layer.shape.path.removeprefix(f"{self.path}."): layer.spec for layer in self.layers if layer.spec is not None}
+        return {
+            layer.shape.path.removeprefix(f"{self.path}."): layer.spec
+            for layer in self.layers
+            if layer.spec is not None
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +145,13 @@ def resolve(spec: QuantSpec, odd_shapes: str, structure: Structure, rules: Seque
     """
     for rule in rules:
         if spec.bits not in rule.bits:
-            raise UsageError(f"format {rule.name}: found bits {spec.bits}; needed one of {', '.join(map(str, rule.bits))}")
+            raise UsageError(
+                f"format {rule.name}: found bits {spec.bits}; needed one of {', '.join(map(str, rule.bits))}"
+            )
+        if rule.scale_dtypes and spec.scale_dtype not in rule.scale_dtypes:
+            raise UsageError(
+                f"format {rule.name}: found scale_dtype {spec.scale_dtype}; needed {' or '.join(rule.scale_dtypes)}"
+            )
     spec = replace(spec, zero_min=max((rule.zero_min for rule in rules), default=0))
     layers = [layer for block in structure.blocks for layer in block.layers]
     spec, notes = _fit_whole_model(spec, odd_shapes, layers, rules)
@@ -147,11 +161,15 @@ def resolve(spec: QuantSpec, odd_shapes: str, structure: Structure, rules: Seque
     )
     if not any(block.specs for block in blocks):
         reasons = sorted({layer.reason for block in blocks for layer in block.layers})
-        raise UsageError(f"plan: found no layer to quantize ({'; '.join(reasons)}); use a smaller --group_size or other formats")
-    outside = tuple(LayerPlan(shape=shape, spec=None, reason="outside the blocks") for shape in structure.outside)
+        raise UsageError(
+            f"plan: found no layer to quantize ({'; '.join(reasons)}); use a smaller --group_size or other formats"
+        )
+    outside = tuple(_left_alone(shape) for shape in structure.outside)
     refitted = sum(1 for block in blocks for each in block.specs.values() if each.group_size != spec.group_size)
     if refitted:
-        notes.append(f"{refitted} layers take a smaller group size than {spec.group_size}, which does not divide their rows")
+        notes.append(
+            f"{refitted} layers take a smaller group size than {spec.group_size}, which does not divide their rows"
+        )
     kept = [layer for block in blocks for layer in block.layers if layer.spec is None]
     notes.extend(f"{layer.shape.path} is kept: {layer.reason}" for layer in kept)
     return Plan(architecture=structure.architecture, spec=spec, blocks=blocks, outside=outside, notes=tuple(notes))
@@ -163,7 +181,9 @@ def _fit_whole_model(
     """The group size for the whole model where a format needs a single one."""
     for rule in rules:
         if not rule.takes_group(spec.group_size) and odd_shapes == "fail":
-            raise UsageError(f"format {rule.name}: found group_size {spec.group_size}; needed one of {rule.group_sizes}")
+            raise UsageError(
+                f"format {rule.name}: found group_size {spec.group_size}; needed one of {rule.group_sizes}"
+            )
     rows = {layer.in_features for layer in layers if _fits_formats(layer, rules)}
     uniform = any(rule.uniform_group for rule in rules)
     unfit = sorted(row for row in rows if spec.group_size != WHOLE_ROW and row % spec.group_size)
@@ -172,7 +192,11 @@ def _fit_whole_model(
         return spec, []
     for size in _sizes_below(spec.group_size):
         if all(rule.takes_group(size) for rule in rules) and (not uniform or all(row % size == 0 for row in rows)):
-            cause = f"{', '.join(refused)} takes no other" if refused else f"{spec.group_size} does not divide rows of {unfit[0]}"
+            cause = (
+                f"{', '.join(refused)} takes no other"
+                if refused
+                else f"{spec.group_size} does not divide rows of {unfit[0]}"
+            )
             return replace(spec, group_size=size), [f"group size {size} for the whole model: {cause}"]
     return spec, []
 
@@ -180,7 +204,9 @@ def _fit_whole_model(
 def _fate(layer: LayerShape, spec: QuantSpec, odd_shapes: str, rules: Sequence[FormatRules]) -> LayerPlan:
     if not _fits_formats(layer, rules):
         needed = max(rule.multiple for rule in rules)
-        return LayerPlan(shape=layer, spec=None, reason=f"{layer.out_features}x{layer.in_features} is not a multiple of {needed}")
+        return LayerPlan(
+            shape=layer, spec=None, reason=f"{layer.out_features}x{layer.in_features} is not a multiple of {needed}"
+        )
     if spec.group_size == WHOLE_ROW or layer.in_features % spec.group_size == 0:
         return LayerPlan(shape=layer, spec=spec)
     if odd_shapes == "fail":
@@ -194,6 +220,11 @@ def _fate(layer: LayerShape, spec: QuantSpec, odd_shapes: str, rules: Sequence[F
                 return LayerPlan(shape=layer, spec=replace(spec, group_size=size))
     reason = f"group_size {spec.group_size} does not divide in_features {layer.in_features}"
     return LayerPlan(shape=layer, spec=None, reason=reason)
+
+
+def _left_alone(layer: LayerShape) -> LayerPlan:
+    tied = f", tied to {layer.tied_to}" if layer.tied_to else ""
+    return LayerPlan(shape=layer, spec=None, reason=f"outside the blocks{tied}")
 
 
 def _fits_formats(layer: LayerShape, rules: Sequence[FormatRules]) -> bool:

@@ -1,10 +1,11 @@
 """Every user setting in one frozen dataclass; the command line is generated from its fields. Torch-free."""
 
+import math
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict, cast
 
 from autoround.errors import UsageError
-from autoround.spec import QuantSpec
+from autoround.spec import SCALE_DTYPES, QuantSpec
 
 
 class Option(TypedDict):
@@ -26,7 +27,8 @@ def _option(
     choices: tuple[str, ...] = (),
 ) -> Any:
     """A field with its flags: the field's own name is always one of them."""
-    return field(default=default, metadata=Option(help=help, group=group, flags=flags, off_flags=off_flags, choices=choices))
+    option = Option(help=help, group=group, flags=flags, off_flags=off_flags, choices=choices)
+    return field(default=default, metadata=option)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,30 +42,35 @@ class Recipe:
     QuantSpec(bits=2, group_size=64, sym=True, scale_dtype='float16', zero_min=0)
     """
 
+    # fmt: off
     model: str = _option("", "hub name, folder or .gguf file", "model", "model_name", "model_name_or_path")
     revision: str | None = _option(None, "branch, tag or commit of a hub model", "model")
     cache_dir: str | None = _option(None, "where hub downloads are kept", "model")
     model_dtype: str | None = _option(
         None, "dtype of the weights that stay unquantized; the checkpoint's own when unset", "model",
-        choices=("float16", "bfloat16", "float32"))  # fmt: skip
-    trust_remote_code: bool = _option(False, "run Python code that comes with the model", "model",
-                                      off_flags=("disable_trust_remote_code",))  # fmt: skip
+        choices=tuple(SCALE_DTYPES))
+    trust_remote_code: bool = _option(
+        False, "run Python code that comes with the model", "model", off_flags=("disable_trust_remote_code",))
 
     scheme: str = _option("W4A16", "bits and group size by name: W2A16, W3A16, W4A16, W8A16, W4A16G32_ASYM …", "scheme")
     bits: int | None = _option(None, "2, 3, 4 or 8; overrides the scheme", "scheme")
-    group_size: int | None = _option(None, "columns that share a scale, -1 for a whole row; overrides the scheme", "scheme")
-    sym: bool | None = _option(None, "symmetric or asymmetric grid; overrides the scheme", "scheme", off_flags=("asym",))
-    scale_dtype: str = _option("float16", "dtype of the scales", "scheme", choices=("float16", "bfloat16", "float32", "fp16", "bf16", "fp32"))  # fmt: skip
+    group_size: int | None = _option(
+        None, "columns that share a scale, -1 for a whole row; overrides the scheme", "scheme")
+    sym: bool | None = _option(
+        None, "symmetric or asymmetric grid; overrides the scheme", "scheme", off_flags=("asym",))
+    scale_dtype: str = _option("float16", "dtype of the scales", "scheme", choices=tuple(SCALE_DTYPES))
     odd_shapes: Literal["fit", "keep", "fail"] = _option(
         "fit", "rows that the group size does not divide: take a smaller one, keep them in 16 bits, or stop", "scheme",
-        choices=("fit", "keep", "fail"))  # fmt: skip
+        choices=("fit", "keep", "fail"))
 
     format: tuple[str, ...] = _option(("auto_round",), "comma list of layouts to write", "output", "formats")
     output_dir: str = _option("autoround-output", "folder for the quantized model and its journal", "output")
     overwrite: bool = _option(False, "discard what is in the output folder", "output")
     max_shard_size: str = _option("5GB", "largest size of one weight file", "output")
 
-    dataset: Any = _option(None, "calibration text: file, folder, hub name or python-docs; options as name:num=64", "calibration")
+    dataset: Any = _option(
+        None, "calibration text: file, folder, hub name or python-docs; options as name:num=64; "
+        "NeelNanda/pile-10k when unset", "calibration")
     nsamples: int = _option(128, "rows of calibration tokens", "calibration", "nsample")
     seqlen: int = _option(2048, "tokens in a row", "calibration", "seq_len")
     batch_size: int = _option(8, "rows in a tuning step", "calibration", "bs", "train_bs", "train_batch_size")
@@ -75,40 +82,50 @@ class Recipe:
     momentum: float = _option(0.0, "momentum of the sign gradient", "tuning")
     adam: bool = _option(False, "AdamW in place of SignSGD", "tuning", "enable_adam")
     gradient_accumulate_steps: int = _option(1, "batches whose gradients one step sums up", "tuning")
-    clip_search: bool = _option(True, "start the clips from an activation-weighted search", "tuning", off_flags=("no_clip_search",))  # fmt: skip
-    keep: Literal["last", "best"] = _option("last", "parameters to keep: the last ones, or those of the best minibatch", "tuning", choices=("last", "best"))  # fmt: skip
+    clip_search: bool | None = _option(
+        None, "start the clips from an activation-weighted search; on when unset and iters is not 0", "tuning",
+        off_flags=("no_clip_search",))
+    keep: Literal["last", "best"] = _option(
+        "last", "parameters to keep: the last ones, or those of the best minibatch", "tuning",
+        choices=("last", "best"))
 
     device_map: str = _option("auto", "auto, cpu, cuda, xpu, hpu or a device number", "device", "device", "devices")
     low_gpu_mem_usage: bool = _option(False, "keep activations in host memory", "device")
-    torch_compile: bool | None = _option(None, "compile the tuning step; on where it helps when unset", "device",
-                                         "enable_torch_compile", off_flags=("disable_torch_compile",))  # fmt: skip
+    torch_compile: bool | None = _option(
+        None, "compile the tuning step; on where it helps when unset", "device", "enable_torch_compile",
+        off_flags=("disable_torch_compile",))
+    # fmt: on
 
     def __post_init__(self) -> None:
-        for name in ("nsamples", "seqlen", "batch_size", "gradient_accumulate_steps"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}: found {getattr(self, name)}; needed at least 1")
-        if self.iters < 0:
-            raise UsageError(f"iters: found {self.iters}; needed 0 (round to nearest) or more")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise UsageError(f"{name}: found {getattr(self, name)}; needed at least {least}")
         if not 0 <= self.momentum < 1:
             raise UsageError(f"momentum: found {self.momentum}; needed at least 0 and less than 1")
         for name in ("lr", "minmax_lr"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"{name}: found {value}; needed a positive number")
         if not self.format:
             raise UsageError("format: found none; needed at least one, such as auto_round")
+        _check_choices(self)
+        if self.model_dtype is not None:
+            object.__setattr__(self, "model_dtype", SCALE_DTYPES[self.model_dtype])
+        if self.clip_search is None:
+            object.__setattr__(self, "clip_search", self.iters > 0)
         _ = self.spec  # refuses impossible bits, group sizes and schemes
 
     @property
     def spec(self) -> QuantSpec:
         """The storage asked for: the scheme, with bits, group_size and sym laid over it."""
         given = {"bits": self.bits, "group_size": self.group_size, "sym": self.sym, "scale_dtype": self.scale_dtype}
-        return replace(QuantSpec.parse(self.scheme), **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return replace(QuantSpec.parse(self.scheme), **overrides)
 
     @property
     def needs_data(self) -> bool:
         """Whether anything is learned from calibration text."""
-        return self.iters > 0 or self.clip_search
+        return self.iters > 0 or bool(self.clip_search)
 
     def learning_rate(self, bits: int) -> float:
         """Of the offsets: ``lr``, or 1/iters, doubled for long runs at 2 and 3 bits."""
@@ -127,19 +144,30 @@ class Recipe:
             raise UsageError(f"recipe: found {preset!r}; needed one of {', '.join(PRESETS)}")
         known = {each.name for each in fields(cls)}
         if unknown := sorted(set(settings) - known):
-            raise UsageError(f"recipe: found unknown settings {', '.join(unknown)}; needed among {', '.join(sorted(known))}")
+            raise UsageError(
+                f"recipe: found unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+            )
         return cls(**{**PRESETS[preset], **settings})
 
+
+LEAST = {"nsamples": 1, "seqlen": 1, "batch_size": 1, "gradient_accumulate_steps": 1, "iters": 0}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "best": {"iters": 1000, "nsamples": 512},
     "light": {"iters": 50, "lr": 5e-3},
-    "rtn": {"iters": 0, "clip_search": False},
-    "opt_rtn": {"iters": 0},
+    "rtn": {"iters": 0},
+    "opt_rtn": {"iters": 0, "clip_search": True},
 }
 
 
 def options() -> dict[str, tuple["Field[Any]", Option]]:
     """Every field of ``Recipe`` with its command-line description."""
     return {each.name: (each, cast(Option, each.metadata)) for each in fields(Recipe)}
+
+
+def _check_choices(recipe: Recipe) -> None:
+    for name, (_, option) in options().items():
+        value = getattr(recipe, name)
+        if option["choices"] and value is not None and value not in option["choices"]:
+            raise UsageError(f"{name}: found {value!r}; needed one of {', '.join(option['choices'])}")

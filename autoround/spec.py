@@ -10,7 +10,11 @@ WHOLE_ROW = -1
 SCALE_DTYPES = {"float16": "float16", "fp16": "float16", "bfloat16": "bfloat16", "bf16": "bfloat16",
                 "float32": "float32", "fp32": "float32"}  # fmt: skip
 # Smallest |scale|: 1e-5 rounded to the scale's own dtype, so that a clamped scale is stored exactly.
-SCALE_FLOOR = {"float16": 1.00135803222656250e-05, "bfloat16": 1.00135803222656250e-05, "float32": 9.999999747378752e-06}
+SCALE_FLOOR = {
+    "float16": 1.00135803222656250e-05,
+    "bfloat16": 1.00135803222656250e-05,
+    "float32": 9.999999747378752e-06,
+}
 
 _SCHEME = re.compile(r"W(?P<bits>\d+)A16(?:G(?P<group>-?\d+))?(?P<asym>_?ASYM)?", re.IGNORECASE)
 

@@ -86,10 +86,12 @@ def select(device_map: str) -> tuple[Backend, torch.device]:
         raise UsageError(f"device_map: found {device_map!r}; needed a single device: runs over several come later")
     kind, _, index = name.partition(":")
     if kind not in BACKENDS:
-        raise UsageError(f"device_map: found {device_map!r}; needed auto, {', '.join(BACKENDS)} or a CUDA device number")
+        raise UsageError(
+            f"device_map: found {device_map!r}; needed auto, {', '.join(BACKENDS)} or a CUDA device number"
+        )
     backend = _load(kind)
     if not backend.available():
-        raise UsageError(f"device_map: found {device_map!r}, which this machine or this build of torch lacks; use cpu")
+        raise UsageError(f"device_map: found {device_map!r}, which this machine or build of torch lacks; use cpu")
     return backend, torch.device(kind, int(index)) if index else torch.device(kind)
 
 

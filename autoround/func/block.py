@@ -99,7 +99,8 @@ def split_tensors(tensors: Mapping[str, Tensor], specs: Mapping[str, QuantSpec])
         ModelError: a path has no weight, or its weight holds NaN or infinity; the message names the path.
         UsageError: a group_size does not fit.
 
-    >>> weights = split_tensors({"up.weight": torch.ones(2, 4), "up.bias": torch.ones(2)}, {"up": QuantSpec(group_size=4)})
+    >>> tensors = {"up.weight": torch.ones(2, 4), "up.bias": torch.ones(2)}
+    >>> weights = split_tensors(tensors, {"up": QuantSpec(group_size=4)})
     >>> list(weights.tuned), list(weights.frozen)
     (['up'], ['up.bias'])
     """
@@ -147,4 +148,6 @@ def _describe(value: object) -> str:
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     attributes = getattr(value, "__dict__", {})
-    return f"{type(value).__qualname__}{_describe({k: v for k, v in attributes.items() if k not in POSITION_ATTRIBUTES})}"
+    return (
+        f"{type(value).__qualname__}{_describe({k: v for k, v in attributes.items() if k not in POSITION_ATTRIBUTES})}"
+    )

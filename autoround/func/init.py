@@ -83,7 +83,7 @@ def search_clips(
 ) -> RoundingParams:
     """Clips that minimize each group's rounding error, weighted by the mean square of its inputs; offsets are 0.
 
-    Tried are both ends shrunk together, then each end alone; on the symmetric grid both signs of the scale. The error is
+    Tried are both ends shrunk together, then each alone; on the symmetric grid both signs of the scale. The error is
     ``sum_s moment_s * (w_s - fake_quantize(w)_s)**2``, the layer's output error if input channels were uncorrelated.
 
     Args:
@@ -109,7 +109,9 @@ def search_clips(
         if not spec.sym:
             clips = _choose(part, _fine_candidates(clips), moment_NS, spec, errors)
         found.append(clips)
-    clip_min_OG, clip_max_OG = (torch.cat(ends)[: rows * groups].view(rows, groups) for ends in zip(*found, strict=True))
+    clip_min_OG, clip_max_OG = (
+        torch.cat(ends)[: rows * groups].view(rows, groups) for ends in zip(*found, strict=True)
+    )
     return RoundingParams(torch.zeros_like(prepared.weight_OGS), clip_min_OG, clip_max_OG)
 
 

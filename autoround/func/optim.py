@@ -1,4 +1,4 @@
-"""Optimizers as pairs of pure functions, after the contract of optax: ``init(params)`` and ``update(grads, state, params)``.
+"""Optimizers as pairs of pure functions: ``init(params)`` and ``update(grads, state, params)``, as in optax.
 
 Updates are added to parameters by ``apply_updates``; constraints are ``project``'s business, not the optimizer's.
 """

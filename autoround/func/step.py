@@ -1,4 +1,4 @@
-"""One tuning step as a pure function: value and gradient, update, projection (SignRound, arXiv 2309.05516, section 3.2)."""
+"""One tuning step as a pure function: gradient, update, projection (SignRound, arXiv 2309.05516, section 3.2)."""
 
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
@@ -136,7 +136,9 @@ def make_step(
     return step
 
 
-def accumulate(gradient: Gradient, update: Update) -> Callable[[BlockWeights, TuneState, list[Batch]], tuple[TuneState, Tensor]]:
+def accumulate(
+    gradient: Gradient, update: Update
+) -> Callable[[BlockWeights, TuneState, list[Batch]], tuple[TuneState, Tensor]]:
     """A step over several micro-batches, summed in order and weighted by their valid tokens.
 
     Args:

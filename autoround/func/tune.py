@@ -53,5 +53,7 @@ def tune_block(
     losses_K = torch.stack(losses) if losses else torch.zeros(0)
     if not bool(torch.isfinite(losses_K).all()):
         first = int((~torch.isfinite(losses_K)).nonzero()[0])
-        raise ModelError(f"loss is {losses_K[first].item()} at step {first}; needed a finite one; try --model_dtype float32")
+        raise ModelError(
+            f"loss is {losses_K[first].item()} at step {first}; needed a finite one; try --model_dtype float32"
+        )
     return TuneResult(state.best_params or state.params, losses_K)

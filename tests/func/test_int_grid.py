@@ -76,7 +76,9 @@ def test_gradients_equal_a_plain_autograd_straight_through_estimator(spec: F.Qua
     leaves = [leaf.clone().requires_grad_() for leaf in params]
     (_reference(prepared, leaves, spec) * weight_OI).sum().backward()
     for own, leaf in zip(ours, leaves, strict=True):
-        torch.testing.assert_close(own, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            own, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, rtol=1e-4, atol=1e-5
+        )
 
 
 class _RoundSTE(torch.autograd.Function):

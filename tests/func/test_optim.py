@@ -19,7 +19,9 @@ def _run(optimizer: F.Transform, params: dict[str, Tensor], grads: list[dict[str
 
 def _grads() -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    return [{"a": torch.randn(3, generator=generator), "b": torch.randn(2, 2, generator=generator)} for _ in range(STEPS)]
+    return [
+        {"a": torch.randn(3, generator=generator), "b": torch.randn(2, 2, generator=generator)} for _ in range(STEPS)
+    ]
 
 
 def _params() -> dict[str, Tensor]:

@@ -101,7 +101,9 @@ def test_compiled_step_is_one_graph_shared_by_equal_blocks() -> None:
     torch.manual_seed(0)
     first, second = Block(0), Block(1)
     optimizer, counter = F.signsgd(F.linear_decay(0.02, 5)), CompileCounterWithBackend("inductor")
-    step = torch.compile(F.make_step(F.make_block_fn(first), SPECS, optimizer), fullgraph=True, dynamic=False, backend=counter)
+    step = torch.compile(
+        F.make_step(F.make_block_fn(first), SPECS, optimizer), fullgraph=True, dynamic=False, backend=counter
+    )
     for block in (first, second):
         weights = F.split_weights(block, SPECS)
         state = F.init_state(F.init_params(weights.tuned), optimizer)
@@ -121,7 +123,11 @@ def test_micro_batches_sum_to_the_whole_batch(block: Block) -> None:
     gradient, update = F.make_gradient(F.make_block_fn(block), SPECS), F.make_update(optimizer)
     state, batch = F.init_state(F.init_params(weights.tuned), optimizer), make_batch(block)
     rows = [
-        F.Batch(F.Call((batch.call.args[0][i : i + 1],), batch.call.kwargs), batch.target_BTD[i : i + 1], batch.valid_BT[i : i + 1])
+        F.Batch(
+            F.Call((batch.call.args[0][i : i + 1],), batch.call.kwargs),
+            batch.target_BTD[i : i + 1],
+            batch.valid_BT[i : i + 1],
+        )
         for i in range(2)
     ]
     whole, loss = F.make_step(F.make_block_fn(block), SPECS, optimizer)(weights, state, batch)
@@ -139,7 +145,9 @@ def test_padding_does_not_count(block: Block) -> None:
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(block: Block) -> None:
     weights, optimizer = F.split_weights(block, SPECS), F.signsgd(F.constant(0.1))
-    step = F.make_step(F.make_block_fn(block), SPECS, optimizer, loss=lambda output, target, valid: output.sum() * torch.inf)
+    step = F.make_step(
+        F.make_block_fn(block), SPECS, optimizer, loss=lambda output, target, valid: output.sum() * torch.inf
+    )
     state = F.init_state(F.init_params(weights.tuned), optimizer)
     with pytest.raises(ModelError, match="at step 0"):
         F.tune_block(step, weights, state, [make_batch(block)])
@@ -155,7 +163,9 @@ def test_moments_are_those_of_the_layer_inputs(block: Block) -> None:
     hook = block.down.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     block(*batch.call.args, **batch.call.kwargs)
     hook.remove()
-    moments = second_moments(F.make_block_fn(block), F.block.block_tensors(block), [(batch.call, batch.valid_BT)], SPECS)
+    moments = second_moments(
+        F.make_block_fn(block), F.block.block_tensors(block), [(batch.call, batch.valid_BT)], SPECS
+    )
     torch.testing.assert_close(moments["down"], seen[0][batch.valid_BT].square().mean(0))
     torch.testing.assert_close(moments["up"], batch.call.args[0][batch.valid_BT].square().mean(0))
 

@@ -41,7 +41,9 @@ def prepare(weight_OI: Tensor, spec: QuantSpec) -> Prepared:
     lo_OG, hi_OG = weight_OGS.aminmax(dim=-1)
     if not bool(torch.isfinite(hi_OG - lo_OG).all()):
         bad = int((~torch.isfinite(weight_OI)).sum())
-        raise ModelError(f"found {bad} NaN or infinite values in a weight of shape {tuple(weight_OI.shape)}; needed none")
+        raise ModelError(
+            f"found {bad} NaN or infinite values in a weight of shape {tuple(weight_OI.shape)}; needed none"
+        )
     return Prepared(weight_OGS, lo_OG.clamp(max=0), hi_OG.clamp(min=0))
 
 
@@ -103,7 +105,9 @@ def quantize(prepared: Prepared, params: RoundingParams, spec: QuantSpec) -> Int
         q_OGS = round_codes(prepared.weight_OGS, params.offset_OGS, scale_OG, zero_OG, spec)
     stored_OG = scale_OG.to(getattr(torch, spec.scale_dtype))
     if not bool(torch.isfinite(stored_OG).all()):
-        raise ModelError(f"found a scale of {float(scale_OG.abs().max()):.3g}, beyond {spec.scale_dtype}; use --scale_dtype float32")
+        raise ModelError(
+            f"found a scale of {float(scale_OG.abs().max()):.3g}, beyond {spec.scale_dtype}; use --scale_dtype float32"
+        )
     return IntCodes(
         rearrange(q_OGS, "o g s -> o (g s)").to(torch.uint8),
         stored_OG,
@@ -149,8 +153,10 @@ def scale_and_zero(prepared: Prepared, params: RoundingParams, spec: QuantSpec) 
     return scale_OG, zero_OG
 
 
-def round_codes(weight_OGS: Tensor, offset_OGS: Tensor | float, scale_OG: Tensor, zero_OG: Tensor, spec: QuantSpec) -> Tensor:
-    """``clamp(round(w / scale + offset) + zero, 0, 2**bits - 1)`` as float-valued integers (O, G, S), straight-through."""
+def round_codes(
+    weight_OGS: Tensor, offset_OGS: Tensor | float, scale_OG: Tensor, zero_OG: Tensor, spec: QuantSpec
+) -> Tensor:
+    """``clamp(round(w / scale + offset) + zero, 0, 2**bits - 1)``, float-valued integers (O, G, S), straight-through."""
     steps_OGS = weight_OGS / scale_OG.unsqueeze(-1) + offset_OGS
     return (_round_ste(steps_OGS) + zero_OG.unsqueeze(-1)).clamp(0, spec.code_max)
 

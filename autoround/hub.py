@@ -1,0 +1,199 @@
+"""Transformers integration: loading quantized folders with packed linear layers.
+
+Which layers are packed, their bits, group sizes and scale dtypes are read from the checkpoint's own tensors;
+the quantization config only decides how zero points are stored.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from autoround.errors import FormatError, ModelError
+from autoround.formats.packed import PackedLinear
+from autoround.model.names import match_names
+from autoround.spec import BITS
+
+# Packings of quant_method "auto-round" -> what is subtracted from zero points in the file.
+ZERO_OFFSETS = {"auto_round:auto_gptq": 1, "auto_round:gptq": 1, "auto_round": 0, "auto_round:gptqmodel": 0}
+_PACKED_TENSORS = ("qweight", "qzeros", "scales")
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """A ``quantization_config`` kept as it was read."""
+
+    def __init__(self, **settings: Any) -> None:
+        vars(self).update(settings)
+
+
+class PackedQuantizer(HfQuantizer):
+    """Replaces the layers whose packed tensors a checkpoint holds by ``PackedLinear``."""
+
+    requires_calibration = True  # transformers' name for: reads quantized checkpoints, makes none
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, *, checkpoint_files: Iterable[str | Path] | None = None, **kwargs: Any
+    ) -> None:
+        del kwargs  # transformers passes more than is needed
+        files = [Path(file) for file in checkpoint_files or ()]
+        where = str(files[0].parent) if files else "model"
+        offset = zero_offset(self.quantization_config.to_dict(), where)
+        tensors = _packed_tensors(files)
+        if not tensors:
+            raise FormatError(f"{where}: found no packed layers; needed tensors named qweight, qzeros and scales")
+        names = match_names(model, (f"{key}.weight" for key in tensors), where)
+        for name, key in names.items():
+            path = name.removesuffix(".weight")
+            layer = _packed_layer(model.get_submodule(path), tensors[key.removesuffix(".weight")], offset, path)
+            model.set_submodule(path, layer)
+            # Keeps transformers from initializing weights that are no longer there, which some parents do by name.
+            for module in (layer, model.get_submodule(path.rpartition(".")[0])):
+                vars(module)["_is_hf_initialized"] = True
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        del kwargs
+        for module in model.modules():
+            if isinstance(module, PackedLinear) and module.g_idx is not None:
+                group = module.in_features // module.groups
+                columns = torch.arange(module.in_features, device=module.g_idx.device)
+                module.reordered = not torch.equal(module.g_idx, (columns // group).int())
+        return model
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def is_serializable(self) -> bool:
+        return True
+
+
+class Registration:
+    """A replacement of transformers' handlers for some quantization methods; ``undo``, or use it in a ``with``."""
+
+    def __init__(self, methods: tuple[str, ...]) -> None:
+        self._previous: list[tuple[dict[str, Any], str, Any]] = []
+        replacements: tuple[tuple[dict[str, Any], type], ...] = (
+            (AUTO_QUANTIZATION_CONFIG_MAPPING, PackedConfig),
+            (AUTO_QUANTIZER_MAPPING, PackedQuantizer),
+        )
+        for mapping, ours in replacements:
+            for method in methods:
+                self._previous.append((mapping, method, mapping[method]))
+                mapping[method] = ours
+
+    def undo(self) -> None:
+        """Put back what was there; a second call does nothing."""
+        while self._previous:
+            mapping, method, previous = self._previous.pop()
+            mapping[method] = previous
+
+    def __enter__(self) -> "Registration":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+
+def register(methods: tuple[str, ...] = ("auto-round",)) -> Registration:
+    """Make ``from_pretrained`` load these quantization methods with this package in place of the ones it knows.
+
+    Args:
+        methods: values of ``quant_method``: "auto-round", "gptq" or both.
+
+    Returns:
+        What undoes it. Registrations end in the reverse order of their beginnings.
+
+    >>> with register():
+    ...     AUTO_QUANTIZER_MAPPING["auto-round"].__name__
+    'PackedQuantizer'
+    >>> AUTO_QUANTIZER_MAPPING["auto-round"].__name__
+    'AutoRoundQuantizer'
+    """
+    return Registration(methods)
+
+
+def load(
+    path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str | int | None = None
+) -> PreTrainedModel:
+    """Load a quantized or ordinary checkpoint for inference.
+
+    Args:
+        path: folder or hub name of an ``auto_round``, ``auto_gptq`` or ``fake`` checkpoint.
+        dtype: of activations and unquantized weights; the checkpoint's own when not given.
+        device: the CPU when not given.
+
+    Raises:
+        ModelError: the folder is not a checkpoint.
+        FormatError: its layout is not one this package reads.
+    """
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ModelError(f"{path}: found no config.json; needed a folder written by auto-round or by transformers")
+    with register(("auto-round", "gptq")):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", device_map=device)
+    return model
+
+
+def zero_offset(config: Mapping[str, Any], where: str) -> int:
+    """What a checkpoint subtracts from its zero points, by its quantization config.
+
+    Args:
+        config: the ``quantization_config``.
+        where: the checkpoint, for messages.
+
+    Raises:
+        FormatError: a layout that this package does not read.
+
+    >>> zero_offset({"quant_method": "gptq", "checkpoint_format": "gptq"}, "folder")
+    1
+    """
+    if config["quant_method"] == "gptq":
+        offsets, key = {"gptq": 1, "gptq_v2": 0}, "checkpoint_format"
+        layout = config.get(key, config.get("format", "gptq"))
+    else:
+        offsets, key = ZERO_OFFSETS, "packing_format"
+        layout = config.get(key, "auto_round:gptq")
+    if layout not in offsets:
+        needed = ", ".join(offsets)
+        raise FormatError(
+            f"{where}: found {key} {layout!r}; needed one of {needed}; load it with the tool that made it"
+        )
+    return offsets[layout]
+
+
+def _packed_tensors(files: Iterable[Path]) -> dict[str, dict[str, Tensor]]:
+    """Layer name in the checkpoint -> its tensors by last name, without data, for every layer with a qweight."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118  not a dict
+                layer, _, kind = name.rpartition(".")
+                if kind in (*_PACKED_TENSORS, "g_idx"):
+                    tensors.setdefault(layer, {})[kind] = handle.get_tensor(name).to("meta")
+    return {layer: own for layer, own in tensors.items() if "qweight" in own}
+
+
+def _packed_layer(linear: nn.Module, tensors: Mapping[str, Tensor], offset: int, path: str) -> PackedLinear:
+    """The packed form of a linear layer, without data."""
+    assert isinstance(linear, nn.Linear | Conv1D)
+    if missing := [kind for kind in _PACKED_TENSORS if kind not in tensors]:
+        raise FormatError(f"{path}: found qweight without {missing[0]}; needed {', '.join(_PACKED_TENSORS)}")
+    layer = PackedLinear(tensors, zero_offset=offset, bias=linear.bias)
+    shape = (layer.out_features, layer.in_features)
+    needed = tuple(reversed(linear.weight.shape)) if isinstance(linear, Conv1D) else tuple(linear.weight.shape)
+    if layer.bits not in BITS or shape != needed:
+        raise FormatError(
+            f"{path}: found {shape[0]}x{shape[1]} weights of {layer.bits} bits; needed {needed[0]}x{needed[1]} of "
+            f"{', '.join(map(str, BITS))} bits; config.json and the weights do not belong together"
+        )
+    return layer

@@ -1,0 +1,216 @@
+"""One block after another on a device: targets, start, tuning, codes, and what flows into the next block.
+
+Everything numeric happens in ``autoround.func``; here its functions meet devices, batches and the recipe.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from autoround import func
+from autoround.backends.base import Numerics, jit
+from autoround.func import init
+from autoround.model.capture import CallTemplate
+from autoround.recipe import Recipe
+
+# Rows that the clip search weighs input channels by; more do not change its choice.
+MOMENT_ROWS = 32
+
+
+class Stream(NamedTuple):
+    """What flows from block to block.
+
+    Attributes:
+        float_NTD: outputs of the float blocks.
+        quantized_NTD: outputs of the quantized blocks.
+    """
+
+    float_NTD: Tensor
+    quantized_NTD: Tensor
+
+
+class Inputs(NamedTuple):
+    """What a block is tuned on: its calls, the rows that flow in, and which tokens count."""
+
+    template: CallTemplate
+    stream: Stream
+    valid_NT: Tensor
+
+
+class Tuned(NamedTuple):
+    """Outcome of one block.
+
+    Attributes:
+        codes: layer path relative to the block -> codes.
+        losses_K: float32, loss of every step.
+        stream: what flows into the next block; None where nothing flowed in.
+    """
+
+    codes: dict[str, func.IntCodes]
+    losses_K: Tensor
+    stream: Stream | None
+
+
+class BlockTuner:
+    """Tunes blocks by one recipe; blocks of equal structure share one compiled step.
+
+    Args:
+        recipe: the settings.
+        numerics: dtype and whether to compile.
+        device: where blocks run; rows may live elsewhere.
+        on_step: called with (steps done, loss reader) after every step.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        numerics: Numerics,
+        device: torch.device,
+        *,
+        on_step: Callable[[int, Callable[[], float]], None],
+    ) -> None:
+        self._recipe, self._numerics, self._device, self._on_step = recipe, numerics, device, on_step
+        self._dtype = numerics.torch_dtype
+        self._compiled: dict[Any, Any] = {}
+
+    def tune(
+        self,
+        index: int,
+        block_fn: func.BlockFn,
+        tensors: Mapping[str, Tensor],
+        specs: Mapping[str, func.QuantSpec],
+        inputs: Inputs | None,
+    ) -> Tuned:
+        """Quantize one block.
+
+        Args:
+            index: its place in call order; with the recipe's seed it decides the batches.
+            block_fn: the lifted block.
+            tensors: all its parameters and buffers, on the device; linear weights (O, I).
+            specs: layer path relative to the block -> how its weight is stored.
+            inputs: None rounds to nearest without any data.
+
+        Raises:
+            AutoRoundError: a weight or a loss is not finite, or a group size does not fit; names the layer.
+        """
+        weights = func.split_tensors(tensors, specs)
+        weights = weights._replace(frozen=_cast(weights.frozen, self._dtype))
+        if inputs is None:
+            return Tuned(_quantize(weights, func.init_params(weights.tuned), specs), torch.zeros(0), None)
+        float_tensors = _cast(tensors, self._dtype)
+        target_NTD = self._forward(block_fn, float_tensors, inputs.template, inputs.stream.float_NTD)
+        params = self._start(block_fn, float_tensors, weights, specs, inputs)
+        del float_tensors
+        step, optimizer = self._step(block_fn, specs)
+        state = func.init_state(params, optimizer, keep_best=self._recipe.keep == "best")
+        batches = self._batches(index, inputs, target_NTD)
+        result = func.tune_block(
+            step, weights, state, batches, on_step=lambda done, loss: self._on_step(done, loss.item)
+        )
+        codes = _quantize(weights, result.params, specs)
+        rounded = {f"{path}.weight": func.dequantize(own, specs[path]).to(self._dtype) for path, own in codes.items()}
+        quantized = {**weights.frozen, **rounded}
+        quantized_NTD = self._forward(block_fn, quantized, inputs.template, inputs.stream.quantized_NTD)
+        return Tuned(codes, result.losses_K, Stream(target_NTD, quantized_NTD))
+
+    def _forward(
+        self, block_fn: func.BlockFn, tensors: Mapping[str, Tensor], template: CallTemplate, x_NTD: Tensor
+    ) -> Tensor:
+        """The block's outputs for all rows, where the rows live."""
+        y_NTD = torch.empty_like(x_NTD)
+        with torch.no_grad():
+            for rows_B in torch.arange(len(x_NTD)).split(self._recipe.batch_size):
+                y_NTD[rows_B] = block_fn(tensors, self._call(template, x_NTD, rows_B)).to(y_NTD.device)
+        return y_NTD
+
+    def _call(self, template: CallTemplate, x_NTD: Tensor, rows_B: Tensor) -> func.Call:
+        return template.bind(x_NTD[rows_B].to(self._device), rows_B)
+
+    def _start(
+        self,
+        block_fn: func.BlockFn,
+        tensors: Mapping[str, Tensor],
+        weights: func.BlockWeights,
+        specs: Mapping[str, func.QuantSpec],
+        inputs: Inputs,
+    ) -> func.Params:
+        """Parameters before the first step."""
+        if not self._recipe.clip_search:
+            return func.init_params(weights.tuned)
+        x_NTD, valid_NT = inputs.stream.quantized_NTD, inputs.valid_NT
+        rows = torch.arange(min(len(x_NTD), MOMENT_ROWS)).split(self._recipe.batch_size)
+        calls = ((self._call(inputs.template, x_NTD, rows_B), valid_NT[rows_B].to(self._device)) for rows_B in rows)
+        moments = init.second_moments(block_fn, tensors, calls, specs)
+        errors = self._once("rounding_errors", lambda: init.rounding_errors)
+        return init.search_params(weights, moments, specs, errors=errors)
+
+    def _step(self, block_fn: func.BlockFn, specs: Mapping[str, func.QuantSpec]) -> tuple[Any, func.Transform]:
+        """The step over what ``_batches`` yields, and its optimizer."""
+        optimizer = make_optimizer(self._recipe, max((spec.bits for spec in specs.values()), default=4))
+        key = (block_fn.signature, *specs.items())
+        if self._recipe.gradient_accumulate_steps == 1:
+            make = partial(func.make_step, block_fn, specs, optimizer, dtype=self._dtype)
+            return self._once(("step", *key), make), optimizer
+        gradient = self._once(("gradient", *key), partial(func.make_gradient, block_fn, specs, dtype=self._dtype))
+        update = self._once(("update", *key), partial(func.make_update, optimizer))
+        return func.accumulate(gradient, update), optimizer
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """A function made, and compiled, once per key for the whole run."""
+        if key not in self._compiled:
+            self._compiled[key] = jit(make(), enabled=self._numerics.compiled)
+        return self._compiled[key]
+
+    def _batches(self, index: int, inputs: Inputs, target_NTD: Tensor) -> Iterator[Any]:
+        """One element per step: a batch, or a list of micro-batches."""
+        recipe, parts = self._recipe, self._recipe.gradient_accumulate_steps
+
+        def batch(rows_B: Tensor) -> func.Batch:
+            call = self._call(inputs.template, inputs.stream.quantized_NTD, rows_B)
+            return func.Batch(call, target_NTD[rows_B].to(self._device), inputs.valid_NT[rows_B].to(self._device))
+
+        for rows in batch_rows(recipe.seed, index, len(target_NTD), recipe.batch_size * parts, recipe.iters):
+            yield batch(rows) if parts == 1 else [batch(rows_B) for rows_B in rows.chunk(parts)]
+
+
+def make_optimizer(recipe: Recipe, bits: int) -> func.Transform:
+    """The recipe's optimizer: SignSGD or AdamW, offsets and clips with learning rates of their own."""
+    rate, steps = recipe.learning_rate(bits), max(recipe.iters, 1)
+    family = func.adamw if recipe.adam else partial(func.signsgd, momentum=recipe.momentum)
+    schedules = {"offset": func.linear_decay(rate, steps), "clip": func.linear_decay(recipe.minmax_lr or rate, steps)}
+    return func.partition({field: family(schedule) for field, schedule in schedules.items()}, func.by_field)
+
+
+def batch_rows(seed: int, block: int, rows: int, batch_size: int, steps: int) -> Iterator[Tensor]:
+    """Rows of each step's batch, a pure function of (seed, block, step): epochs of shuffled rows, whole batches only.
+
+    Args:
+        rows: how many there are; fewer than ``batch_size`` make one smaller batch.
+
+    >>> whole = [batch.tolist() for batch in batch_rows(0, 0, rows=4, batch_size=2, steps=3)]
+    >>> [batch.tolist() for batch in batch_rows(0, 0, rows=4, batch_size=2, steps=2)] == whole[:2]
+    True
+    >>> sorted(whole[0] + whole[1])
+    [0, 1, 2, 3]
+    """
+    per_epoch = max(rows // batch_size, 1)
+    order_N = torch.empty(0)
+    for step in range(steps):
+        epoch, place = divmod(step, per_epoch)
+        if place == 0:
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + block) * 1_000_003 + epoch)
+            order_N = torch.randperm(rows, generator=generator)
+        yield order_N[place * batch_size : (place + 1) * batch_size]
+
+
+def _quantize(
+    weights: func.BlockWeights, params: func.Params, specs: Mapping[str, func.QuantSpec]
+) -> dict[str, func.IntCodes]:
+    return {path: func.quantize(prepared, params[path], specs[path]) for path, prepared in weights.tuned.items()}
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
