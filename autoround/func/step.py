@@ -15,6 +15,7 @@ from autoround.spec import QuantSpec
 
 Specs: TypeAlias = Mapping[str, QuantSpec]
 Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+Projection: TypeAlias = Callable[[Params], Params]
 Gradient: TypeAlias = Callable[[BlockWeights, Params, Batch], tuple[Params, Tensor]]
 Update: TypeAlias = Callable[[TuneState, Params, Tensor], TuneState]
 Step: TypeAlias = Callable[[BlockWeights, TuneState, Batch], tuple[TuneState, Tensor]]
@@ -76,10 +77,14 @@ def make_gradient(block_fn: BlockFn, specs: Specs, *, loss: Loss = mse, dtype: t
     return gradient
 
 
-def make_update(optimizer: optim.Transform) -> Update:
+def make_update(optimizer: optim.Transform, *, project: Projection = optim.project) -> Update:
     """Build ``(state, gradient, loss) -> state``: best-so-far bookkeeping, optimizer update, projection.
 
     The loss belongs to the parameters before the update, and so do the ``best_params`` it may select.
+
+    Args:
+        optimizer: any ``Transform`` over the parameters.
+        project: params -> params, puts them back where they may be after each update.
     """
 
     def update(state: TuneState, grads: Params, value: Tensor) -> TuneState:
@@ -88,7 +93,7 @@ def make_update(optimizer: optim.Transform) -> Update:
         if best_params:
             best_params = tree_map(lambda new, old: torch.where(improved, new, old), state.params, best_params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optim.project(optim.apply_updates(state.params, updates))
+        params = project(optim.apply_updates(state.params, updates))
         return TuneState(params, opt_state, best_params, torch.minimum(value, state.best_loss), state.step + 1)
 
     return update
@@ -101,6 +106,7 @@ def make_step(
     *,
     loss: Loss = mse,
     dtype: torch.dtype = torch.float32,
+    project: Projection = optim.project,
 ) -> Step:
     """Build ``(weights, state, batch) -> (state, loss)``, one traceable function for blocks of equal signature.
 
@@ -112,6 +118,7 @@ def make_step(
         optimizer: for example ``signsgd(linear_decay(1 / iters, iters))``.
         loss: (output_BTD, target_BTD, valid_BT) -> 0-d tensor.
         dtype: in which the block computes.
+        project: params -> params after each update.
 
     >>> from autoround.func.block import make_block_fn, split_weights
     >>> from autoround.func.types import Call
@@ -127,7 +134,7 @@ def make_step(
     >>> bool(value < first), int(state.step)
     (True, 10)
     """
-    gradient, update = make_gradient(block_fn, specs, loss=loss, dtype=dtype), make_update(optimizer)
+    gradient, update = make_gradient(block_fn, specs, loss=loss, dtype=dtype), make_update(optimizer, project=project)
 
     def step(weights: BlockWeights, state: TuneState, batch: Batch) -> tuple[TuneState, Tensor]:
         grads, value = gradient(weights, state.params, batch)
