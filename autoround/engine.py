@@ -1,7 +1,7 @@
 """The engine: the one loop over blocks. It feeds the functional tuner, writes the journal and reports progress."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from autoround.data.tokens import Calibration, load_calibration, needs_tokenizer
 from autoround.errors import AutoRoundError
 from autoround.formats.contents import Contents
 from autoround.formats.registry import get_format, rules
-from autoround.formats.writer import write_checkpoint
+from autoround.formats.writer import check_folder, parse_size, write_checkpoint
 from autoround.journal import MANIFEST, Journal, digest, open_journal, read_manifest
 from autoround.model.blocks import structure
 from autoround.model.capture import CallTemplate, capture
 from autoround.model.load import open_model
 from autoround.model.read import read_block
-from autoround.plan import Plan, resolve
+from autoround.plan import Plan, check_format, resolve
 from autoround.progress import BlockDone, Meter, Progress
 from autoround.recipe import Recipe
 from autoround.tuner import BlockTuner, Inputs, Stream
@@ -73,45 +73,53 @@ class Run:
     ) -> None:
         self.recipe = recipe
         format_rules = [rules(name) for name in recipe.format]
+        parse_size(recipe.max_shard_size)
+        continued = not recipe.overwrite and (self.journal_folder / MANIFEST).exists()
+        check_folder(self._output, overwrite=recipe.overwrite or continued)
         self._backend, self._device = select(recipe.device_map)
-        numerics = self._default_numerics()
+        recorded = read_manifest(self.journal_folder).get("numerics", {}) if continued else {}
+        attention = recorded.get("attention") or self._backend.attention(recipe.seqlen)
         self.model = open_model(
             model,
             revision=recipe.revision,
             cache_dir=recipe.cache_dir,
             trust_remote_code=recipe.trust_remote_code,
             tokenizer=tokenizer,
-            attn_implementation=numerics.attention,
+            attn_implementation=attention,
         )
         self.plan: Plan = resolve(recipe.spec, recipe.odd_shapes, structure(self.model.skeleton), format_rules)
-        self._numerics = numerics
+        self._numerics = self._choose_numerics(attention, recorded)
         self._meter = Meter(len(self.plan.blocks), recipe.iters, self._backend.memory_bytes, on_progress)
         self._journal: Journal | None = None
 
     @property
     def journal_folder(self) -> Path:
         """Where finished blocks are kept: beside the output folder and named after it."""
-        output = Path(self.recipe.output_dir)
-        return output.with_name(f"{output.name}.journal")
+        return self._output.with_name(f"{self._output.name}.journal")
+
+    @property
+    def _output(self) -> Path:
+        return Path(self.recipe.output_dir)
 
     def __iter__(self) -> Iterator[BlockDone]:
         """Do the work, one event per block; blocks that an interrupted run finished are reported as resumed."""
         calibration = self._calibration() if self.recipe.needs_data else None
-        journal = self._open_journal(calibration)
+        if self._journal is None:
+            self._journal = self._open_journal(calibration)
+        journal = self._journal
         finished = journal.finished()
         for index in range(finished):
             yield self._meter.resumed(index, self.plan.blocks[index].path, journal.read_stats(index))
         if finished < len(self.plan.blocks):
             yield from self._tune_blocks(journal, calibration, finished)
         journal.drop_activations()
-        self._journal = journal
 
     def export(self, output_dir: str | Path | None = None, *, formats: Sequence[str] | None = None) -> tuple[Path, ...]:
         """Write the quantized model, first running what is left to run.
 
         Args:
-            output_dir: the recipe's when not given. One format is written to this folder itself, several to
-                subfolders named after them.
+            output_dir: the recipe's when not given; another one must be empty unless the recipe says overwrite. One
+                format is written to this folder itself, several to subfolders named after them.
             formats: the recipe's when not given; each must be able to hold the planned codes.
 
         Returns:
@@ -120,11 +128,15 @@ class Run:
         Raises:
             AutoRoundError: a format cannot hold the codes, or a written file does not read back as the codes.
         """
-        if self._journal is None:
+        output, names = Path(output_dir or self._output), tuple(formats or self.recipe.format)
+        for name in names:
+            check_format(self.plan, rules(name))
+        overwrite = self.recipe.overwrite or output == self._output
+        check_folder(output, overwrite=overwrite)
+        if self._journal is None or self._journal.finished() < len(self.plan.blocks):
             for _ in self:
                 pass
         assert self._journal is not None
-        output, names = Path(output_dir or self.recipe.output_dir), tuple(formats or self.recipe.format)
         folders = tuple(output if len(names) == 1 else output / name.replace(":", "_") for name in names)
         for name, folder in zip(names, folders, strict=True):
             self._meter.phase("export", f"{name} in {folder}")
@@ -135,23 +147,24 @@ class Run:
                 form=get_format(name),
                 dtype=self.recipe.model_dtype or ("float16" if self.model.gguf_file else None),
             )
-            write_checkpoint(contents, folder, max_shard_size=self.recipe.max_shard_size, overwrite=True)
+            write_checkpoint(contents, folder, max_shard_size=self.recipe.max_shard_size, overwrite=overwrite)
         return folders
 
-    def _default_numerics(self) -> Numerics:
+    def _choose_numerics(self, attention: str, recorded: Mapping[str, Any]) -> Numerics:
+        """The backend's choices, or those recorded by the run that this one continues."""
         recipe, backend = self.recipe, self._backend
+        steps = recipe.iters * recipe.batch_size * recipe.gradient_accumulate_steps * recipe.seqlen
         compiled = recipe.torch_compile
         if compiled is None:
-            compiled = backend.compile_helps(
-                recipe.iters * recipe.batch_size * recipe.gradient_accumulate_steps * recipe.seqlen
-            )
-        return Numerics(
+            compiled = backend.compile_helps(steps * len(self.plan.blocks))
+        chosen = Numerics(
             device=self._device.type,
             dtype=str(backend.compute_dtype()).removeprefix("torch."),
-            attention=backend.attention(recipe.seqlen),
+            attention=attention,
             compiled=compiled and recipe.iters > 0,
             threads=torch.get_num_threads(),
         )
+        return dataclasses.replace(chosen, **{**recorded, "device": chosen.device})
 
     def _calibration(self) -> Calibration:
         self._meter.phase("calibration", "reading text")
@@ -169,11 +182,7 @@ class Run:
     def _open_journal(self, calibration: Calibration | None) -> Journal:
         self._meter.phase("calibration", "hashing the source weights")
         folder, source = self.journal_folder, self.model.source
-        if not self.recipe.overwrite and (folder / MANIFEST).exists():
-            self._numerics = dataclasses.replace(
-                self._numerics, **{**read_manifest(folder)["numerics"], "device": self._device.type}
-            )
-            torch.set_num_threads(self._numerics.threads)
+        torch.set_num_threads(self._numerics.threads)
         tokens = () if calibration is None else (("tokens", calibration.tokens_NT), ("valid", calibration.valid_NT))
         settings = dataclasses.asdict(self.recipe)
         manifest = {

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -134,13 +134,21 @@ def load(
         device: the CPU when not given.
 
     Raises:
-        ModelError: the folder is not a checkpoint.
+        ModelError: there is no such checkpoint, or its files are damaged.
         FormatError: its layout is not one this package reads.
     """
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ModelError(f"{path}: found no config.json; needed a folder written by auto-round or by transformers")
-    with register(("auto-round", "gptq")):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", device_map=device)
+    try:
+        with register(("auto-round", "gptq")):
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype or "auto", device_map=device
+            )
+    except (OSError, SafetensorError) as error:
+        cause = str(error).partition("\n")[0]
+        raise ModelError(
+            f"{path}: {cause}; needed a complete checkpoint folder or a hub name; check the path"
+        ) from error
     return model
 
 

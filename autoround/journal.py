@@ -27,7 +27,8 @@ from torch import Tensor
 from autoround.errors import JournalError
 from autoround.func.types import IntCodes
 
-MANIFEST = "manifest.json"
+MANIFEST, BLOCKS, ACTIVATIONS = "manifest.json", "blocks", "activations"
+SHOWN_DIFFERENCES = 4
 
 
 class Journal:
@@ -53,7 +54,7 @@ class Journal:
             stats: numbers to keep with it.
 
         Raises:
-            OSError: the disk is full or not writable; nothing half-written is left.
+            JournalError: the disk is full or not writable; nothing half-written is left.
         """
         tensors = {f"{path}.{name}": tensor.cpu().contiguous()
                    for path, own in codes.items() for name, tensor in own._asdict().items()}  # fmt: skip
@@ -91,19 +92,21 @@ class Journal:
         """
         tensors, metadata = _load(self._slot(index))
         if metadata.get("block") != str(index):
-            raise JournalError(f"{self._slot(index)}: found activations of block {metadata.get('block')}; needed {index}; "
-                               "start anew with --overwrite")  # fmt: skip
+            raise JournalError(
+                f"{self._slot(index)}: found activations of block {metadata.get('block')}; needed {index}; "
+                "start anew with --overwrite"
+            )
         return tensors
 
     def drop_activations(self) -> None:
         """Forget activations: after the last block nothing needs them."""
-        shutil.rmtree(self.folder / "activations", ignore_errors=True)
+        shutil.rmtree(self.folder / ACTIVATIONS, ignore_errors=True)
 
     def _block(self, index: int) -> Path:
-        return self.folder / "blocks" / f"{index:05d}.safetensors"
+        return self.folder / BLOCKS / f"{index:05d}.safetensors"
 
     def _slot(self, index: int) -> Path:
-        return self.folder / "activations" / f"{index % 2}.safetensors"
+        return self.folder / ACTIVATIONS / f"{index % 2}.safetensors"
 
 
 def open_journal(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool = False) -> Journal:
@@ -115,23 +118,27 @@ def open_journal(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool =
         overwrite: discard a journal that is there.
 
     Raises:
-        JournalError: the folder holds another run's journal (the message says what differs) or none of ours.
+        JournalError: the folder holds another run's journal (the message says what differs) or none of ours, or is
+            not writable.
     """
     manifest = json.loads(json.dumps(manifest))
-    if overwrite and (folder / MANIFEST).exists():
-        shutil.rmtree(folder)
-    if (folder / MANIFEST).exists():
+    there = (folder / MANIFEST).exists()
+    if there and not overwrite:
         differences = list(_differences(read_manifest(folder), manifest))
         if differences:
+            shown = sorted(differences, key=lambda text: text.startswith("plan."))[:SHOWN_DIFFERENCES]
+            more = f" and {len(differences) - len(shown)} more" if len(differences) > len(shown) else ""
             raise JournalError(
-                f"{folder}: found the journal of another run ({'; '.join(differences)}); "
+                f"{folder}: found the journal of another run ({'; '.join(shown)}{more}); "
                 "use another --output_dir, or --overwrite to discard it"
             )
         return Journal(folder, manifest)
-    if folder.exists() and any(folder.iterdir()):
+    folder.mkdir(parents=True, exist_ok=True)
+    if not there and {file.name for file in folder.iterdir()} - {_partial(folder / MANIFEST).name}:
         raise JournalError(f"{folder}: found files that are not a journal; use another --output_dir or move them away")
-    for name in ("blocks", "activations"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    for name in (BLOCKS, ACTIVATIONS):
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
     with _replacing(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True))
     return Journal(folder, manifest)
@@ -176,15 +183,23 @@ def _load(path: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[
         raise JournalError(f"{path}: {error}; needed a file of this journal; start anew with --overwrite") from error
 
 
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
+
+
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A temporary name that becomes ``path``, synced, when the block ends well, and vanishes when it does not."""
-    temporary = path.with_name(f"{path.name}.partial")
+    temporary = _partial(path)
     try:
         yield temporary
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise JournalError(
+            f"{path}: {error}; needed a writable folder with space; run again when there is: finished blocks are kept"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)

@@ -7,6 +7,7 @@ from autoround.errors import UsageError
 from autoround.spec import WHOLE_ROW, QuantSpec
 
 FITTING_GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)
+_ADVICE = "name the format when the run begins"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,14 +145,7 @@ def resolve(spec: QuantSpec, odd_shapes: str, structure: Structure, rules: Seque
         UsageError: a format cannot hold the spec, a shape does not fit, or nothing is left to quantize.
     """
     for rule in rules:
-        if spec.bits not in rule.bits:
-            raise UsageError(
-                f"format {rule.name}: found bits {spec.bits}; needed one of {', '.join(map(str, rule.bits))}"
-            )
-        if rule.scale_dtypes and spec.scale_dtype not in rule.scale_dtypes:
-            raise UsageError(
-                f"format {rule.name}: found scale_dtype {spec.scale_dtype}; needed {' or '.join(rule.scale_dtypes)}"
-            )
+        _check_spec(spec, rule)
     spec = replace(spec, zero_min=max((rule.zero_min for rule in rules), default=0))
     layers = [layer for block in structure.blocks for layer in block.layers]
     spec, notes = _fit_whole_model(spec, odd_shapes, layers, rules)
@@ -173,6 +167,38 @@ def resolve(spec: QuantSpec, odd_shapes: str, structure: Structure, rules: Seque
     kept = [layer for block in blocks for layer in block.layers if layer.spec is None]
     notes.extend(f"{layer.shape.path} is kept: {layer.reason}" for layer in kept)
     return Plan(architecture=structure.architecture, spec=spec, blocks=blocks, outside=outside, notes=tuple(notes))
+
+
+def check_format(plan: Plan, rules: FormatRules) -> None:
+    """Refuse a format that cannot hold what was planned without it.
+
+    Raises:
+        UsageError: names the layer.
+    """
+    _check_spec(plan.spec, rules)
+    for layer in plan.layers.values():
+        if layer.spec is None:
+            continue
+        where, group = f"format {rules.name}: {layer.shape.path}", layer.spec.group_size
+        if not _fits_formats(layer.shape, [rules]):
+            shape = f"{layer.shape.out_features}x{layer.shape.in_features}"
+            raise UsageError(f"{where}: found shape {shape}; needed multiples of {rules.multiple}; {_ADVICE}")
+        if not rules.takes_group(group):
+            needed = ", ".join(map(str, rules.group_sizes))
+            raise UsageError(f"{where}: found group_size {group}; needed one of {needed}; {_ADVICE}")
+        if rules.uniform_group and group != plan.spec.group_size:
+            raise UsageError(
+                f"{where}: found group_size {group}; needed {plan.spec.group_size} as elsewhere; {_ADVICE}"
+            )
+
+
+def _check_spec(spec: QuantSpec, rule: FormatRules) -> None:
+    if spec.bits not in rule.bits:
+        raise UsageError(f"format {rule.name}: found bits {spec.bits}; needed one of {', '.join(map(str, rule.bits))}")
+    if rule.scale_dtypes and spec.scale_dtype not in rule.scale_dtypes:
+        raise UsageError(
+            f"format {rule.name}: found scale_dtype {spec.scale_dtype}; needed {' or '.join(rule.scale_dtypes)}"
+        )
 
 
 def _fit_whole_model(

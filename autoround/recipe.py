@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import Field, dataclass, field, fields, replace
+from pathlib import PurePath
 from typing import Any, Literal, TypedDict, cast
 
 from autoround.errors import UsageError
@@ -52,8 +53,9 @@ class Recipe:
     trust_remote_code: bool = _option(
         False, "run Python code that comes with the model", "model", off_flags=("disable_trust_remote_code",))
 
-    scheme: str = _option("W4A16", "bits and group size by name: W2A16, W3A16, W4A16, W8A16, W4A16G32_ASYM …", "scheme")
-    bits: int | None = _option(None, "2, 3, 4 or 8; overrides the scheme", "scheme")
+    scheme: str = _option(
+        "W4A16", "bits and group size by name: W2A16, W3A16, W4A16, W8A16, W4A16G32_ASYM …", "scheme", "schemes")
+    bits: int | None = _option(None, "2, 3, 4 or 8; overrides the scheme", "scheme", "bit")
     group_size: int | None = _option(
         None, "columns that share a scale, -1 for a whole row; overrides the scheme", "scheme")
     sym: bool | None = _option(
@@ -89,7 +91,7 @@ class Recipe:
         "last", "parameters to keep: the last ones, or those of the best minibatch", "tuning",
         choices=("last", "best"))
 
-    device_map: str = _option("auto", "auto, cpu, cuda, xpu, hpu or a device number", "device", "device", "devices")
+    device_map: str = _option("auto", "auto, cpu, cuda or the number of a CUDA device", "device", "device", "devices")
     low_gpu_mem_usage: bool = _option(False, "keep activations in host memory", "device")
     torch_compile: bool | None = _option(
         None, "compile the tuning step; on where it helps when unset", "device", "enable_torch_compile",
@@ -108,6 +110,12 @@ class Recipe:
                 raise UsageError(f"{name}: found {value}; needed a positive number")
         if not self.format:
             raise UsageError("format: found none; needed at least one, such as auto_round")
+        if isinstance(self.format, str):
+            raise UsageError(f"format: found the text {self.format!r}; needed a tuple such as ({self.format!r},)")
+        if PurePath(self.output_dir).name in ("", ".."):
+            raise UsageError(
+                f"output_dir: found {str(self.output_dir)!r}; needed a folder of its own, such as ./quantized"
+            )
         _check_choices(self)
         if self.model_dtype is not None:
             object.__setattr__(self, "model_dtype", SCALE_DTYPES[self.model_dtype])

@@ -58,12 +58,12 @@ class QuantSpec:
     @property
     def code_max(self) -> int:
         """Largest unsigned code, ``2**bits - 1``."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def midpoint(self) -> int:
         """Zero point of the symmetric grid, ``2**(bits-1)``."""
-        return 2 ** (self.bits - 1)
+        return 1 << (self.bits - 1)
 
     @property
     def scale_floor(self) -> float:

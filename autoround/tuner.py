@@ -12,6 +12,7 @@ from torch import Tensor
 
 from autoround import func
 from autoround.backends.base import Numerics, jit
+from autoround.errors import AutoRoundError
 from autoround.func import init
 from autoround.model.capture import CallTemplate
 from autoround.recipe import Recipe
@@ -209,7 +210,13 @@ def batch_rows(seed: int, block: int, rows: int, batch_size: int, steps: int) ->
 def _quantize(
     weights: func.BlockWeights, params: func.Params, specs: Mapping[str, func.QuantSpec]
 ) -> dict[str, func.IntCodes]:
-    return {path: func.quantize(prepared, params[path], specs[path]) for path, prepared in weights.tuned.items()}
+    codes = {}
+    for path, prepared in weights.tuned.items():
+        try:
+            codes[path] = func.quantize(prepared, params[path], specs[path])
+        except AutoRoundError as error:
+            raise type(error)(f"{path}: {error}") from error
+    return codes
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -85,7 +85,7 @@ def select(device_map: str) -> tuple[Backend, torch.device]:
     if "," in name or "{" in name:
         raise UsageError(f"device_map: found {device_map!r}; needed a single device: runs over several come later")
     kind, _, index = name.partition(":")
-    if kind not in BACKENDS:
+    if kind not in BACKENDS or (index and not index.isdigit()):
         raise UsageError(
             f"device_map: found {device_map!r}; needed auto, {', '.join(BACKENDS)} or a CUDA device number"
         )
@@ -96,7 +96,7 @@ def select(device_map: str) -> tuple[Backend, torch.device]:
 
 
 def jit(function: F, *, enabled: bool) -> F:
-    """Compile a function of fixed shapes whole, apart from other compilations of the same code; or return it as it is."""
+    """Compile a function of fixed shapes whole, apart from other compilations of the same code; or return it."""
     if not enabled:
         return function
     return torch.compile(function, fullgraph=True, dynamic=False, isolate_recompiles=True)  # type: ignore[return-value]

@@ -83,7 +83,9 @@ def load_calibration(
         if value < 1:
             raise UsageError(f"{name}: found {value}; needed at least 1")
     if tokenizer is None and needs_tokenizer(dataset):
-        raise DataError("dataset: found text and no tokenizer; needed the model's own; pass tokenizer=, or rows of token ids")
+        raise DataError(
+            "dataset: found text and no tokenizer; needed the model's own; pass tokenizer=, or rows of token ids"
+        )
     if vocab_size is None:
         vocab_size = 2**31 if tokenizer is None else 1 + max(tokenizer.get_vocab().values(), default=-1)
     job = _Job(tokenizer, nsamples, seqlen, seed, vocab_size)

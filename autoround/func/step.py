@@ -1,7 +1,7 @@
 """One tuning step as a pure function: gradient, update, projection (SignRound, arXiv 2309.05516, section 3.2)."""
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -155,7 +155,8 @@ def accumulate(
 
     def step(weights: BlockWeights, state: TuneState, batches: list[Batch]) -> tuple[TuneState, Tensor]:
         total = torch.stack([batch.valid_BT.sum() for batch in batches]).sum()
-        grads, value = None, torch.zeros_like(state.best_loss)
+        grads: Any = None
+        value = torch.zeros_like(state.best_loss)
         for batch in batches:
             share = batch.valid_BT.sum() / total
             part, part_value = gradient(weights, state.params, batch)

@@ -54,6 +54,6 @@ def tune_block(
     if not bool(torch.isfinite(losses_K).all()):
         first = int((~torch.isfinite(losses_K)).nonzero()[0])
         raise ModelError(
-            f"loss is {losses_K[first].item()} at step {first}; needed a finite one; try --model_dtype float32"
+            f"loss: found {losses_K[first].item()} at step {first}; needed a finite one; check the weights and data"
         )
     return TuneResult(state.best_params or state.params, losses_K)

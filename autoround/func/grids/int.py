@@ -156,7 +156,7 @@ def scale_and_zero(prepared: Prepared, params: RoundingParams, spec: QuantSpec) 
 def round_codes(
     weight_OGS: Tensor, offset_OGS: Tensor | float, scale_OG: Tensor, zero_OG: Tensor, spec: QuantSpec
 ) -> Tensor:
-    """``clamp(round(w / scale + offset) + zero, 0, 2**bits - 1)``, float-valued integers (O, G, S), straight-through."""
+    """``clamp(round(w / scale + offset) + zero, 0, 2**bits - 1)``: float-valued integers (O, G, S), straight-through"""
     steps_OGS = weight_OGS / scale_OG.unsqueeze(-1) + offset_OGS
     return (_round_ste(steps_OGS) + zero_OG.unsqueeze(-1)).clamp(0, spec.code_max)
 
@@ -185,7 +185,7 @@ def round_to_dtype(x: Tensor, dtype: str) -> Tensor:
     dropped = 13 if dtype == "float16" else 16
     bits = x.view(torch.int32)
     bits = bits + (2 ** (dropped - 1) - 1) + ((bits >> dropped) & 1)
-    rounded = (bits & -(2**dropped)).view(torch.float32)
+    rounded: Tensor = (bits & -(2**dropped)).view(torch.float32)
     if dtype == "float16":  # below 2**-14 its values are 2**-24 apart, as float32's are around 0.75
         rounded = torch.where(x.abs() < 2.0**-14, (x + 0.75) - 0.75, rounded)
     return rounded

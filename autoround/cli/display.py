@@ -1,0 +1,155 @@
+"""What a run shows on stderr: a live bar on a terminal, plain lines elsewhere."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.text import Text
+
+from autoround.log import LOGGER
+from autoround.progress import BlockDone, Progress
+
+
+class Display(Protocol):
+    """Where a run reports to."""
+
+    def update(self, progress: Progress) -> None:
+        """A moment of the run."""
+
+    def block_done(self, done: BlockDone, blocks: int) -> None:
+        """One of so many blocks is finished."""
+
+    def note(self, text: str) -> None:
+        """A line worth reading at any time."""
+
+
+class PlainDisplay:
+    """A line per phase and per finished block."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._last: Progress | None = None
+
+    def update(self, progress: Progress) -> None:
+        """Remember it; the begin of a phase other than tuning is a line."""
+        self._last = progress
+        if progress.phase != "tuning":
+            self.note(f"{progress.phase}: {progress.message}")
+
+    def block_done(self, done: BlockDone, blocks: int) -> None:
+        """A line with what the last progress told of speed, memory and time left."""
+        rest = [] if self._last is None or done.resumed else _pace(self._last)
+        self.note("  ".join([_block(done, blocks), *rest]))
+
+    def note(self, text: str) -> None:
+        """A line."""
+        print(text, file=self._stream, flush=True)
+
+
+class LiveDisplay:
+    """A bar that moves, under a line per finished block."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        texts = [TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[facts]}")]
+        bar = BarColumn(bar_width=20)
+        self._bar = Bar(texts[0], bar, texts[1], console=console, refresh_per_second=4, transient=True)
+        self._task = self._bar.add_task("", facts="")
+
+    def update(self, progress: Progress) -> None:
+        """Move the bar, which appears with the first progress."""
+        tuning = progress.phase == "tuning"
+        finished = progress.block - 1 + progress.step / max(progress.steps, 1) if tuning else progress.block
+        self._bar.update(
+            self._task,
+            description=f"block {progress.block}/{progress.blocks}" if tuning else progress.phase,
+            completed=finished,
+            total=progress.blocks,
+            facts="  ".join(_step(progress)) + "\n" + "  ".join(_pace(progress)),
+        )
+        self._bar.start()
+
+    def block_done(self, done: BlockDone, blocks: int) -> None:
+        """A line above the bar."""
+        self.note(_block(done, blocks))
+
+    def note(self, text: str) -> None:
+        """A line above the bar."""
+        self._console.print(Text(text), soft_wrap=True)
+
+    def stop(self) -> None:
+        """Remove the bar."""
+        self._bar.stop()
+
+
+@contextmanager
+def display(stream: TextIO) -> Iterator[Display]:
+    """The display that suits a stream."""
+    if not stream.isatty():
+        yield PlainDisplay(stream)
+        return
+    live = LiveDisplay(Console(file=stream))
+    try:
+        yield live
+    finally:
+        live.stop()
+
+
+class _Notes(logging.Handler):
+    """Passes log records on as lines."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        super().__init__()
+        self._note = note
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._note(f"auto-round: {record.levelname.lower()}: {record.getMessage()}")
+
+
+@contextmanager
+def logged(note: Callable[[str], None], level: int) -> Iterator[None]:
+    """Send what the package logs at a level and above to ``note``, and leave the logger as it was."""
+    handler, before = _Notes(note), LOGGER.level
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(level)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(before)
+
+
+def _block(done: BlockDone, blocks: int) -> str:
+    parts = [f"block {done.index + 1}/{blocks}", done.path]
+    if done.loss_first:
+        parts.append(f"loss {done.loss_first:.3e} -> {done.loss_best:.3e}")
+    parts.append("finished before" if done.resumed else f"{done.seconds:.1f} s")
+    return "  ".join(parts)
+
+
+def _step(progress: Progress) -> list[str]:
+    parts = [progress.message] if progress.message else []
+    if progress.step:
+        parts.append(f"step {progress.step}/{progress.steps}")
+    if progress.loss_first is not None and progress.loss is not None:
+        parts.append(f"loss {progress.loss_first:.2e} -> {progress.loss:.2e}")
+    return parts
+
+
+def _pace(progress: Progress) -> list[str]:
+    parts = [] if progress.tokens_per_second is None else [f"{progress.tokens_per_second:,.0f} tokens/s"]
+    if progress.memory_bytes:
+        parts.append(f"{progress.memory_bytes / 1e9:.2f} GB")
+    if progress.eta_seconds is not None:
+        parts.append(f"{_clock(progress.eta_seconds)} left")
+    return parts
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

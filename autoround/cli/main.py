@@ -1,0 +1,151 @@
+"""The commands: read the command line, run the engine, turn errors into one message and an exit status."""
+
+import errno
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from autoround.cli.flags import Command, parse, program
+from autoround.cli.refused import COMMANDS
+from autoround.data.language import parse_specs
+from autoround.errors import AutoRoundError, UsageError
+from autoround.formats.registry import rules
+from autoround.plan import Plan
+from autoround.progress import BlockDone, Progress
+from autoround.recipe import Recipe
+
+INTERRUPTED = 130
+FAILED = 1
+NEXT_STEPS = {
+    errno.ENOSPC: "free some space and repeat the command: finished blocks are kept",
+    errno.EDQUOT: "free some space and repeat the command: finished blocks are kept",
+    errno.EACCES: "change the permissions or the folder",
+    errno.EPERM: "change the permissions or the folder",
+    errno.EROFS: "choose another folder with --output_dir",
+}
+
+
+class Run(Protocol):
+    """What the commands need of a planned run: see ``autoround.engine.Run``."""
+
+    @property
+    def plan(self) -> Plan: ...
+
+    def __iter__(self) -> Iterator[BlockDone]: ...
+
+    def export(self) -> tuple[Path, ...]: ...
+
+
+class Quantize(Protocol):
+    """Opens a model and plans its run: see ``autoround.engine.quantize``."""
+
+    def __call__(self, model: str, recipe: Recipe, *, on_progress: Callable[[Progress], None] | None = None) -> Run: ...
+
+
+def auto_round() -> int:
+    """The command ``auto-round``."""
+    return main()
+
+
+def best() -> int:
+    """The command ``auto-round-best``: slower, most accurate."""
+    return main(preset="best")
+
+
+def light() -> int:
+    """The command ``auto-round-light``: faster."""
+    return main(preset="light")
+
+
+def rtn() -> int:
+    """The command ``auto-round-rtn``: round to nearest, without data."""
+    return main(preset="rtn")
+
+
+def opt_rtn() -> int:
+    """The command ``auto-round-opt-rtn``: round to nearest, with clips searched on data."""
+    return main(preset="opt_rtn")
+
+
+def evaluate() -> int:
+    """The command ``auto-round-eval``, which is not there yet."""
+    return _fail("auto-round-eval", UsageError(COMMANDS["eval"]))
+
+
+def main(argv: Sequence[str] | None = None, preset: str = "default", *, quantize: Quantize | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: words after the command's name; the process's own when not given.
+        preset: the recipe that the command stands for.
+        quantize: the engine to use; the package's own when not given.
+
+    Returns:
+        The exit status: 0, 1 for a failure, 2 for wrong usage, 130 when interrupted.
+
+    Raises:
+        SystemExit: after --help and --version have printed.
+    """
+    words, name, command = list(sys.argv[1:] if argv is None else argv), program(preset), None
+    try:
+        command = parse(words, preset)
+        _check(command.recipe)
+        _work(command, quantize or _engine())
+    except (AutoRoundError, OSError) as error:
+        if "--debug" in words:
+            raise
+        return _fail(name, error)
+    except KeyboardInterrupt:
+        kept = (
+            ""
+            if command is None or command.dry_run
+            else "; blocks finished so far are kept: repeat the command to go on"
+        )
+        print(f"{name}: stopped{kept}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _check(recipe: Recipe) -> None:
+    """Refuse what can be refused before torch is imported."""
+    for name in recipe.format:
+        rules(name)
+    if recipe.dataset is not None:
+        parse_specs(recipe.dataset)
+
+
+def _engine() -> Quantize:
+    from autoround.engine import quantize
+
+    return quantize
+
+
+def _work(command: Command, quantize: Quantize) -> None:
+    from autoround.cli.display import display, logged
+    from autoround.cli.show import show_plan
+
+    recipe = command.recipe
+    with display(sys.stderr) as screen, logged(screen.note, logging.DEBUG if command.debug else logging.WARNING):
+        if command.dry_run:
+            plan = quantize(recipe.model, recipe).plan
+        else:
+            run = quantize(recipe.model, recipe, on_progress=None if command.quiet else screen.update)
+            for done in run:
+                if not command.quiet:
+                    screen.block_done(done, len(run.plan.blocks))
+            folders = run.export()
+    print(show_plan(plan) if command.dry_run else "\n".join(map(str, folders)))
+
+
+def _fail(name: str, error: AutoRoundError | OSError) -> int:
+    """Print the one message of an error; the exit status."""
+    if isinstance(error, AutoRoundError):
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return error.exit_status
+    parts = [str(error.filename or ""), error.strerror or str(error)]
+    advice = NEXT_STEPS.get(error.errno or 0)
+    text = ": ".join(part for part in parts if part) + (f"; {advice}" if advice else "")
+    print(f"{name}: error: {text}", file=sys.stderr)
+    return FAILED

@@ -1,0 +1,53 @@
+"""The tensors that the GPTQ family of layouts shares: qweight, qzeros and scales.
+
+Legend: O output features, I input features, G groups in a row.
+
+| name    | dtype       | shape              |
+|---------|-------------|--------------------|
+| qweight | int32       | (I * bits / 32, O) |
+| qzeros  | int32       | (G, O * bits / 32) |
+| scales  | scale dtype | (G, O)             |
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from autoround.errors import FormatError
+from autoround.formats.bits import pack_stream, unpack_stream
+from autoround.func.types import IntCodes
+from autoround.spec import QuantSpec
+
+
+def pack_layer(codes: IntCodes, spec: QuantSpec, *, zero_offset: int) -> dict[str, Tensor]:
+    """Pack one layer.
+
+    Args:
+        codes: O and I are multiples of 32.
+        spec: how they were made.
+        zero_offset: subtracted from zero points in the file: 1 in version 1 of the layout, else 0.
+
+    Raises:
+        FormatError: a zero point is below ``zero_offset``.
+    """
+    if int(codes.zero_OG.min()) < zero_offset:
+        count = int((codes.zero_OG < zero_offset).sum())
+        raise FormatError(
+            f"found {count} zero points of 0; needed at least {zero_offset}, because this layout stores zero - 1; "
+            "use the format auto_round, or plan for this format from the start"
+        )
+    return {
+        "qweight": pack_stream(codes.q_OI, spec.bits).t().contiguous(),
+        "qzeros": pack_stream(codes.zero_OG.t() - zero_offset, spec.bits),
+        "scales": codes.scale_OG.t().contiguous(),
+    }
+
+
+def unpack_layer(tensors: Mapping[str, Tensor], spec: QuantSpec, *, zero_offset: int) -> IntCodes:
+    """Undo ``pack_layer`` for the same arguments, on the CPU."""
+    return IntCodes(
+        q_OI=unpack_stream(tensors["qweight"].t(), spec.bits),
+        scale_OG=tensors["scales"].t(),
+        zero_OG=(unpack_stream(tensors["qzeros"], spec.bits).to(torch.int16) + zero_offset).to(torch.uint8).t(),
+    )

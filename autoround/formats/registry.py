@@ -1,0 +1,108 @@
+"""Names of checkpoint layouts, their rules, and lazy access to the layouts themselves. Torch-free.
+
+Third parties add a layout by an entry point of the group ``autoround.formats`` that names a ``Format`` object.
+"""
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
+from typing import TYPE_CHECKING, cast
+
+from autoround.errors import UsageError
+from autoround.formats.rules import RULES
+from autoround.plan import FormatRules
+
+if TYPE_CHECKING:
+    from autoround.formats.types import Format
+
+ENTRY_POINTS = "autoround.formats"
+
+FORMATS: Mapping[str, str] = MappingProxyType(
+    {
+        "auto_round": "autoround.formats.auto_round:AUTO_ROUND",
+        "auto_gptq": "autoround.formats.auto_gptq:AUTO_GPTQ",
+        "fake": "autoround.formats.fake:FAKE",
+    }
+)
+ALIASES: Mapping[str, str] = MappingProxyType({"auto_round:auto_gptq": "auto_round"})
+# Names that users of other tools type and that are not here, with what to use; a key ending in ":" is a prefix.
+ABSENT: Mapping[str, str] = MappingProxyType(
+    {
+        "auto_awq": "auto_round or auto_gptq",
+        "auto_round:auto_awq": "auto_round",
+        "auto_round:gptqmodel": "auto_round, which stores asymmetric zero points the same way",
+        "auto_round:llm_compressor": "auto_round",
+        "auto_round:fp8": "auto_round with --scheme W8A16",
+        "auto_round:mlx": "auto_round",
+        "llm_compressor": "auto_round or auto_gptq",
+        "fp8": "auto_round with --scheme W8A16",
+        "mlx": "auto_round",
+        "svdquant_nunchaku": "auto_round",
+        "gptq": "auto_gptq",
+        "gptq_v2": "auto_round --asym, which stores every zero point",
+        "awq": "auto_round or auto_gptq",
+        "gguf:": "fake, whose ordinary checkpoint every GGUF converter reads",
+    }
+)
+
+
+def resolve_name(name: str) -> str:
+    """The registered name for what a user typed, in any case and with aliases.
+
+    Raises:
+        UsageError: no such layout, or one that this package does not write.
+
+    >>> resolve_name("AUTO_ROUND:auto_gptq")
+    'auto_round'
+    """
+    typed = name.strip().lower()
+    known = available()
+    typed = ALIASES.get(typed, typed)
+    if typed in known:
+        return typed
+    for absent, advice in ABSENT.items():
+        if typed == absent or (absent.endswith(":") and typed.startswith(absent)):
+            raise UsageError(f"format: found {name}, which is not supported yet; use {advice}")
+    near = difflib.get_close_matches(typed, known, n=1)
+    advice = f"; did you mean {near[0]}?" if near else ""
+    raise UsageError(f"format: found {name!r}; needed one of {', '.join(known)}{advice}")
+
+
+def available() -> tuple[str, ...]:
+    """Every name that ``get_format`` takes: the package's own, then third parties'."""
+    return (*FORMATS, *(name for name in _third_parties() if name not in FORMATS))
+
+
+def rules(form: "str | Format") -> FormatRules:
+    """What a layout can hold; neither torch nor the layout is imported for the package's own.
+
+    Raises:
+        UsageError: see ``resolve_name``.
+
+    >>> rules("auto_gptq").zero_min
+    1
+    """
+    if isinstance(form, str) and (name := resolve_name(form)) in RULES:
+        return RULES[name]
+    return get_format(form).rules
+
+
+def get_format(form: "str | Format") -> "Format":
+    """The layout of a name; an object is returned as it is.
+
+    Raises:
+        UsageError: see ``resolve_name``.
+    """
+    if not isinstance(form, str):
+        return form
+    name = resolve_name(form)
+    if name not in FORMATS:
+        return cast("Format", _third_parties()[name].load())
+    module, _, attribute = FORMATS[name].partition(":")
+    return cast("Format", getattr(importlib.import_module(module), attribute))
+
+
+def _third_parties() -> dict[str, EntryPoint]:
+    return {entry.name.lower(): entry for entry in entry_points(group=ENTRY_POINTS)}

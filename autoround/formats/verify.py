@@ -1,0 +1,128 @@
+"""Reading a written checkpoint back: every tensor is compared with what it was made from."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from autoround.errors import FormatError
+from autoround.formats.contents import Contents
+from autoround.formats.types import Format
+from autoround.func.grids.int import dequantize
+from autoround.func.types import IntCodes
+from autoround.spec import QuantSpec
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_ADVICE = "export it again"
+
+
+def verify_checkpoint(contents: Contents, folder: Path) -> None:
+    """Open the files of a checkpoint anew and compare every tensor with its origin, bit for bit.
+
+    Raises:
+        FormatError: a tensor is missing, unexpected or different; names it and its first difference.
+    """
+    with ExitStack() as stack:
+        files = _Files(folder, stack)
+        for name, tensor in contents.kept():
+            _compare(name, files.take(name), tensor)
+        for path, spec, codes in contents.layers():
+            tensors = files.take_layer(contents.prefix(path))
+            if "weight" in tensors:
+                _compare_dtype(path, tensors["weight"], contents.weight_dtype(path))
+                if contents.is_transposed(path):
+                    tensors["weight"] = tensors["weight"].t()
+            _compare_layer(path, tensors, codes, contents.form, spec)
+        files.expect_nothing_left()
+
+
+class _Files:
+    """The tensors of a checkpoint by name; each is taken once."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self._folder = folder
+        self._handles: dict[str, Any] = {}
+        self._layers: dict[str, dict[str, str]] = defaultdict(dict)
+        for file, expected in _contents(folder).items():
+            try:
+                handle = stack.enter_context(safe_open(folder / file, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise FormatError(f"{folder / file}: {error}; needed a complete file; {_ADVICE}") from error
+            names = set(handle.keys())
+            if expected and names != expected:
+                raise FormatError(
+                    f"{folder / file}: found other tensors than {INDEX} lists: {sorted(names ^ expected)[0]}; {_ADVICE}"
+                )
+            for name in names:
+                self._handles[name] = handle
+                layer, _, kind = name.rpartition(".")
+                self._layers[f"{layer}."][kind] = name
+
+    def take(self, name: str) -> Tensor:
+        """A kept tensor."""
+        if name not in self._handles:
+            raise FormatError(f"{self._folder}: found no tensor {name}; {_ADVICE}")
+        layer, _, kind = name.rpartition(".")
+        del self._layers[f"{layer}."][kind]
+        tensor: Tensor = self._handles.pop(name).get_tensor(name)
+        return tensor
+
+    def take_layer(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors of a layer that have not been taken, by their last name."""
+        return {kind: self.take(name) for kind, name in dict(self._layers[prefix]).items()}
+
+    def expect_nothing_left(self) -> None:
+        if self._handles:
+            raise FormatError(f"{self._folder}: found unexpected tensor {min(self._handles)}; {_ADVICE}")
+
+
+def _contents(folder: Path) -> dict[str, set[str]]:
+    """File -> the tensors its index lists; none where there is no index."""
+    if not (folder / INDEX).exists():
+        return {SINGLE: set()}
+    contents: dict[str, set[str]] = defaultdict(set)
+    for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items():
+        contents[file].add(name)
+    return contents
+
+
+def _compare_layer(path: str, tensors: Mapping[str, Tensor], codes: IntCodes, form: Format, spec: QuantSpec) -> None:
+    try:
+        found = form.unpack(tensors, spec)
+    except KeyError as error:
+        raise FormatError(f"{path}: found no tensor {error}; {_ADVICE}") from error
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from error
+    if not isinstance(found, IntCodes):
+        _compare(path, found, dequantize(codes, spec).to(found.dtype))
+        return
+    for field, got, wanted in zip(IntCodes._fields, found, codes, strict=True):
+        _compare(f"{path}: {field}", got, wanted.cpu())
+
+
+def _compare_dtype(where: str, found: Tensor, dtype: torch.dtype) -> None:
+    if found.dtype != dtype:
+        raise FormatError(f"{where}: found {found.dtype}; needed {dtype}; {_ADVICE}")
+
+
+def _compare(where: str, found: Tensor, expected: Tensor) -> None:
+    """Raise at the first differing element, NaN being equal to itself."""
+    _compare_dtype(where, found, expected.dtype)
+    if found.shape != expected.shape:
+        raise FormatError(f"{where}: found shape {tuple(found.shape)}; needed {tuple(expected.shape)}; {_ADVICE}")
+    different = found != expected
+    if found.is_floating_point():
+        different &= ~(found.isnan() & expected.isnan())
+    if bool(different.any()):
+        place = tuple(different.nonzero()[0].tolist())
+        raise FormatError(
+            f"{where}: found {found[place].item()} at {place}; needed {expected[place].item()}; "
+            f"{int(different.sum())} of {different.numel()} elements differ; {_ADVICE}"
+        )

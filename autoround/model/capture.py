@@ -1,0 +1,99 @@
+"""The calls of all blocks, recorded in one forward in which recorders stand in for the blocks.
+
+Recorders hand the hidden states on, so a forward costs no more than the embedding, the masks and the rotary tables.
+Which tensors belong to single samples is learned from a forward of one row and one of two.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from autoround.errors import ModelError
+from autoround.model.calls import CallTemplate as CallTemplate
+from autoround.model.calls import Seen, Tape, check_constants
+from autoround.model.load import OpenModel
+from autoround.model.record import RecordingModel
+
+# How far equal tensors of batches of different size may lie apart: they are computed by other kernels.
+_TOLERANCE = 1e-2
+
+
+class Captured(NamedTuple):
+    """What the blocks are called with.
+
+    Attributes:
+        hidden_NTD: hidden states that enter the first block, in the compute dtype.
+        templates: one per block, in call order; equal tensors are kept once for all of them.
+    """
+
+    hidden_NTD: Tensor
+    templates: tuple[CallTemplate, ...]
+
+
+def capture(
+    model: OpenModel,
+    tokens_NT: Tensor,
+    valid_NT: Tensor,
+    *,
+    blocks: Sequence[str],
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Captured:
+    """Record the calls of all blocks; only tensors outside the blocks are read, each when its module is first called.
+
+    Args:
+        model: an opened model.
+        tokens_NT: int64 token ids. What is captured is kept on their device.
+        valid_NT: bool, False for padding tokens.
+        blocks: paths of all blocks in call order, from ``find_blocks``.
+        batch_size: rows in a forward; it need not divide N.
+        device: where forwards run.
+        dtype: floating-point dtype in which they run.
+
+    Raises:
+        ModelError: the blocks are not called once each in this order; an argument is neither tensor nor constant, has
+            no recognizable batch axis, or depends on the outputs of other blocks.
+    """
+    recording = RecordingModel(model, blocks, torch.device(device), dtype)
+    padded = (~valid_NT.all(dim=1)).nonzero().flatten()[:1]
+
+    def run(rows_B: Tensor, shift: float = 0.0) -> list[Seen]:
+        """With padding anywhere, every forward ends with a padded row: then masks are built for all batches alike."""
+        rows_B = torch.cat([rows_B, padded])
+        return recording(tokens_NT[rows_B], valid_NT[rows_B] if len(padded) else None, shift=shift)
+
+    first = padded.new_zeros(1)
+    one, two = run(first), run(first.repeat(2), shift=1.0)
+    tape = Tape(one, [_batch_axes(*calls) for calls in zip(one, two, strict=True)], tokens_NT.device)
+    hidden_NTD = one[0].hidden.new_empty((*tokens_NT.shape, *one[0].hidden.shape[2:]), device=tokens_NT.device)
+    for rows_B in torch.arange(len(tokens_NT), device=tokens_NT.device).split(batch_size):
+        calls = run(rows_B)
+        hidden_NTD[rows_B] = calls[0].hidden[: len(rows_B)].to(hidden_NTD.device)
+        tape.add(calls, len(rows_B))
+    return Captured(hidden_NTD, tape.templates())
+
+
+def _batch_axes(one: Seen, two: Seen) -> list[int | None]:
+    """The batch axis of each leaf, None where there is none, from calls that differ by one row."""
+    check_constants(one, two)
+    batches = len(one.hidden), len(two.hidden)
+    return [
+        _batch_axis(f"{one.block}: argument {name}", a, b, batches) if isinstance(a, Tensor) else None
+        for name, a, b in zip(one.names, one.leaves, two.leaves, strict=True)
+    ]
+
+
+def _batch_axis(where: str, one: Tensor, two: Tensor, batches: tuple[int, int]) -> int | None:
+    changed = [axis for axis, sizes in enumerate(zip(one.shape, two.shape, strict=True)) if sizes[0] != sizes[1]]
+    axis = changed[0] if changed else None
+    if len(changed) > 1 or (axis is not None and one.shape[axis] * batches[1] != two.shape[axis] * batches[0]):
+        shapes = f"{tuple(one.shape)} and {tuple(two.shape)}"
+        raise ModelError(f"{where}: found shapes {shapes} for batches of {batches}; needed one batch axis")
+    if axis is not None:
+        one, two = one.chunk(batches[0], axis)[0], two.chunk(batches[1], axis)[0]
+    if not torch.allclose(one.double(), two.double(), rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True):
+        raise ModelError(f"{where}: found a tensor that depends on outputs of other blocks; this is not supported yet")
+    return axis

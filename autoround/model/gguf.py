@@ -1,0 +1,110 @@
+"""GGUF files as sources: mapped into memory and dequantized tensor by tensor."""
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy
+import torch
+from gguf.gguf_reader import GGUFReader, ReaderTensor
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+from autoround.errors import ModelError
+from autoround.model.source import StoredNames
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufFile:
+    """A GGUF file: its architecture by llama.cpp's name, and its tensors by name, mapped into memory."""
+
+    path: Path
+    architecture: str
+    tensors: dict[str, ReaderTensor]
+
+
+def open_gguf(path: Path) -> GgufFile:
+    """Map a GGUF file into memory.
+
+    Raises:
+        ModelError: no such file, or not a complete GGUF file.
+    """
+    if not path.is_file():
+        raise ModelError(f"{path}: found no such file; needed a GGUF file; check the path")
+    try:
+        reader = GGUFReader(path)
+        architecture = str(reader.fields["general.architecture"].contents())
+    except (ValueError, IndexError, KeyError, struct.error, OSError) as error:
+        raise ModelError(
+            f"{path}: found a damaged or truncated file ({error}); needed a complete GGUF file; download it again"
+        ) from error
+    return GgufFile(path=path, architecture=architecture, tensors={tensor.name: tensor for tensor in reader.tensors})
+
+
+def read_config(file: GgufFile) -> PreTrainedConfig:
+    """Configuration that transformers makes of a GGUF file's metadata.
+
+    Raises:
+        ModelError: transformers does not know the architecture.
+    """
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(file.path.parent, gguf_file=file.path.name)
+        config: PreTrainedConfig = AutoConfig.for_model(**settings)
+    except (ValueError, KeyError) as error:
+        raise _unknown(file, error) from error
+    return config
+
+
+class GgufSource(StoredNames):
+    """The tensors of a GGUF file, read as float32 in the layout of the transformers module.
+
+    Raises:
+        ModelError: tensors are missing, or are laid out in a way that transformers cannot read.
+    """
+
+    def __init__(self, file: GgufFile, skeleton: PreTrainedModel) -> None:
+        self._file = file
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+        self._processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=skeleton.config.to_dict())
+        if experts := [key for key in file.tensors if "_exps." in key]:
+            raise ModelError(
+                f"{file.path}: found fused experts in {experts[0]}; needed one tensor per parameter; "
+                "mixture-of-experts checkpoints are not supported yet"
+            )
+        try:
+            names: dict[str, str] = get_gguf_hf_weights_map(skeleton, self._processor)
+        except NotImplementedError as error:
+            raise _unknown(file, error) from error
+        super().__init__(skeleton, {names[key]: key for key in file.tensors if key in names}, str(file.path))
+
+    def checkpoint_name(self, name: str) -> str:
+        self.key(name)
+        return name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        self.key(name)
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        self.key(name)
+        return torch.float32
+
+    def read(self, name: str) -> Tensor:
+        stored = self._file.tensors[self.key(name)]
+        try:
+            weights = gguf.dequantize(stored.data, stored.tensor_type)
+        except NotImplementedError as error:
+            raise ModelError(
+                f"{self._file.path}: {stored.name}: found type {stored.tensor_type.name}; needed one that the gguf "
+                "package dequantizes; use a file of another quantization"
+            ) from error
+        return torch.from_numpy(numpy.array(self._processor.process(weights=weights, name=stored.name).weights))
+
+
+def _unknown(file: GgufFile, error: Exception) -> ModelError:
+    return ModelError(
+        f"{file.path}: found architecture {file.architecture}, which transformers cannot read from GGUF ({error}); "
+        "needed another model, or its safetensors checkpoint"
+    )

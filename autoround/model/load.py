@@ -1,0 +1,196 @@
+"""Opening a model: its modules without weights, and a source to read these from."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from autoround.errors import ModelError
+from autoround.log import LOGGER
+from autoround.model.gguf import GgufSource, open_gguf, read_config
+from autoround.model.hub import SIDE_FILES, download
+from autoround.model.skeleton import build_skeleton, copy_skeleton
+from autoround.model.source import INDEX, ModuleSource, SafetensorsSource, WeightSource
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenModel:
+    """A model that is opened, not loaded.
+
+    Attributes:
+        name: as the user gave it.
+        skeleton: the transformers model in eval mode; parameters on the meta device, buffers with their initial values.
+        config: its configuration, as it was read.
+        source: its weights.
+        folder: where its files are; None for a model in memory.
+        gguf_file: name of the GGUF file in that folder, if that is where the weights are.
+        trust_remote_code: whether Python code that comes with the model may run.
+        own_tokenizer: what the user gave in place of the model's tokenizer: an object, a name, or None.
+    """
+
+    name: str
+    skeleton: PreTrainedModel
+    config: PreTrainedConfig
+    source: WeightSource
+    folder: Path | None = None
+    gguf_file: str | None = None
+    trust_remote_code: bool = False
+    own_tokenizer: Any = None
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer.
+
+        Raises:
+            ModelError: there is none, or it cannot be loaded.
+        """
+        if self.own_tokenizer is not None and not isinstance(self.own_tokenizer, str | Path):
+            return self.own_tokenizer
+        origin = self.own_tokenizer or self.folder
+        if origin is None:
+            raise ModelError(f"{self.name}: found no tokenizer with a model in memory; needed one; pass tokenizer=")
+        gguf_file = None if self.own_tokenizer else self.gguf_file
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                origin, gguf_file=gguf_file, trust_remote_code=self.trust_remote_code
+            )
+        except (ValueError, OSError, KeyError, ImportError) as error:
+            raise ModelError(
+                f"{origin}: found no tokenizer that loads: {error}; needed its files beside the weights"
+            ) from error
+        return tokenizer
+
+    def side_files(self) -> tuple[Path, ...]:
+        """Files of the folder that a changed copy of the model takes over unchanged: tokenizer, templates, code, …"""
+        if self.folder is None or self.gguf_file is not None:
+            return ()
+        files = {file for pattern in SIDE_FILES for file in self.folder.glob(pattern)}
+        return tuple(sorted(file for file in files if file.name not in (CONFIG, INDEX) and file.is_file()))
+
+
+def open_model(
+    model: str | Path | nn.Module,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    tokenizer: Any = None,
+    attn_implementation: str | None = None,
+) -> OpenModel:
+    """Open a model; no weight is loaded, but all files are checked to be complete.
+
+    Args:
+        model: a folder, a ``.gguf`` file, a hub name, or a transformers model in memory, which is never changed.
+        revision: branch, tag or commit of a hub name.
+        cache_dir: where hub downloads are kept.
+        token: for private hub models.
+        trust_remote_code: run Python code that comes with the model.
+        tokenizer: a tokenizer or its name, in place of the model's own.
+        attn_implementation: "sdpa" or "eager", where the model has it; transformers' choice when None.
+
+    Raises:
+        ModelError: no such model, missing, damaged or already quantized files, or an unsupported architecture.
+    """
+    if isinstance(model, nn.Module):
+        opened = _open_module(model, tokenizer)
+    elif (path := Path(model).expanduser()).suffix == ".gguf":
+        opened = _open_gguf(path, tokenizer)
+    else:
+        folder = path if path.exists() else download(str(model), revision=revision, cache_dir=cache_dir, token=token)
+        opened = _open_folder(str(model), folder, tokenizer, trust_remote_code)
+    if attn_implementation is not None:
+        _set_attention(opened, attn_implementation)
+    return opened
+
+
+def _open_module(module: nn.Module, tokenizer: Any) -> OpenModel:
+    name = type(module).__name__
+    if not isinstance(module, PreTrainedModel):
+        raise ModelError(f"{name}: found a plain module; needed a transformers model (PreTrainedModel)")
+    _refuse_quantized(module.config.to_dict(), name)
+    if absent := [key for key, tensor in module.state_dict().items() if tensor.is_meta]:
+        raise ModelError(
+            f"{name}: found {absent[0]} without data; needed all weights in memory; load without offloading"
+        )
+    skeleton = copy_skeleton(module)
+    return OpenModel(
+        name=module.name_or_path or name, skeleton=skeleton, config=module.config,
+        source=ModuleSource(module, skeleton), own_tokenizer=tokenizer)  # fmt: skip
+
+
+def _open_gguf(path: Path, tokenizer: Any) -> OpenModel:
+    file = open_gguf(path)
+    config = read_config(file)
+    skeleton = build_skeleton(config, str(path))
+    return OpenModel(
+        name=str(path), skeleton=skeleton, config=config, source=GgufSource(file, skeleton),
+        folder=path.parent, gguf_file=path.name, own_tokenizer=tokenizer)  # fmt: skip
+
+
+def _open_folder(name: str, folder: Path, tokenizer: Any, trust_remote_code: bool) -> OpenModel:
+    config = _read_config(folder, trust_remote_code)
+    skeleton = build_skeleton(config, str(folder), trust_remote_code=trust_remote_code)
+    return OpenModel(
+        name=name, skeleton=skeleton, config=config, source=SafetensorsSource(folder, skeleton),
+        folder=folder, trust_remote_code=trust_remote_code, own_tokenizer=tokenizer)  # fmt: skip
+
+
+def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    file = folder / CONFIG
+    if not file.is_file():
+        raise ModelError(f"{folder}: found no {CONFIG}; needed a folder as save_pretrained writes it; check the path")
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
+        raise ModelError(
+            f"{file}: found invalid JSON ({error}); needed a model's configuration; download it again"
+        ) from error
+    _refuse_quantized(settings, str(file))
+    model_type = settings.get("model_type")
+    if model_type not in CONFIG_MAPPING and "auto_map" not in settings:
+        raise ModelError(
+            f"{file}: found model type {model_type}; needed one that this transformers knows; a newer version may, "
+            "run `pip install -U transformers`"
+        )
+    if model_type not in CONFIG_MAPPING and not trust_remote_code:
+        raise ModelError(
+            f"{file}: found model type {model_type}, which needs the Python code that comes with the model; "
+            "read that code and run again with --trust_remote_code"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
+        cause = " ".join(str(error).split())
+        raise ModelError(
+            f"{file}: found a configuration that transformers refuses: {cause}; correct the file"
+        ) from error
+
+
+def _refuse_quantized(settings: dict[str, Any], where: str) -> None:
+    quantization = settings.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method")
+        raise ModelError(
+            f"{where}: found weights already quantized by {method}; needed a float model; give the original one"
+        )
+
+
+def _set_attention(model: OpenModel, implementation: str) -> None:
+    try:
+        model.skeleton.set_attn_implementation(implementation)
+    except (ValueError, ImportError):
+        own = model.skeleton.config._attn_implementation
+        LOGGER.warning("%s: has no %s attention; uses %s", model.name, implementation, own)

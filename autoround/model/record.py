@@ -1,0 +1,138 @@
+"""A model in which recorders stand in for the blocks, and whose other weights are read when they are first used."""
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
+from transformers import PreTrainedModel
+
+from autoround.errors import ModelError
+from autoround.model.calls import Hidden, Seen
+from autoround.model.load import OpenModel
+from autoround.model.source import WeightSource
+
+_HIDDEN = "hidden_states"
+_CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+class RecordingModel:
+    """Runs forwards without blocks and returns how the blocks were called.
+
+    Args:
+        model: an opened model; it is not changed.
+        blocks: paths of all blocks in call order.
+        device: where forwards run.
+        dtype: floating-point dtype in which they run.
+    """
+
+    def __init__(self, model: OpenModel, blocks: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
+        skeleton, self._blocks, self._device = model.skeleton, list(blocks), device
+        self._seen: list[Seen] = []
+        self._recorders = [_Recorder(path, skeleton.get_submodule(path), self._seen) for path in blocks]
+        self._recorders[-1].is_last = True
+        memo: dict[int, object] = {id(recorder.block[0]): recorder for recorder in self._recorders}
+        memo.update({id(buffer): buffer.to(device) for buffer in skeleton.buffers()})
+        for parameter in skeleton.parameters():
+            meta = parameter.to(dtype) if parameter.is_floating_point() else parameter
+            memo[id(parameter)] = nn.Parameter(meta, requires_grad=False)
+        self._model: PreTrainedModel = copy.deepcopy(skeleton, memo)
+        for path, module in self._model.named_modules():
+            load = partial(_load, source=model.source, path=path, device=device, dtype=dtype)
+            module.register_forward_pre_hook(load)
+
+    def __call__(self, tokens_BT: Tensor, valid_BT: Tensor | None, *, shift: float) -> list[Seen]:
+        """Run a forward up to the last block.
+
+        Args:
+            tokens_BT: int64 token ids.
+            valid_BT: bool, False for padding tokens; None gives the model no mask.
+            shift: added to the hidden states that blocks return.
+
+        Returns:
+            The call of every block.
+
+        Raises:
+            ModelError: blocks are not called once each in the order given, or not with hidden states (B, T, …).
+        """
+        calls = self._run(tokens_BT, valid_BT, shift)
+        if len(calls) > 1 and calls[1].hidden.ndim < calls[0].hidden.ndim:  # the model takes item 0 of a block's output
+            for recorder in self._recorders:
+                recorder.returns_tuple = True
+            calls = self._run(tokens_BT, valid_BT, shift)
+        called = [call.block for call in calls]
+        if called != self._blocks:
+            raise ModelError(
+                f"{type(self._model).__name__}: found calls of {', '.join(called[:4]) or 'no block'}, …; needed "
+                f"{self._blocks[0]} … {self._blocks[-1]} once each in this order; this model is not supported yet"
+            )
+        for call in calls:
+            if call.hidden.shape[:2] != tokens_BT.shape:
+                shape = tuple(call.hidden.shape)
+                raise ModelError(f"{call.block}: found hidden states of shape {shape}; needed (batch, tokens, …)")
+        return calls
+
+    def _run(self, tokens_BT: Tensor, valid_BT: Tensor | None, shift: float) -> list[Seen]:
+        self._seen.clear()
+        for recorder in self._recorders:
+            recorder.shift = shift
+        mask = None if valid_BT is None else valid_BT.long().to(self._device)
+        with contextlib.suppress(_Stop), torch.no_grad():
+            self._model(input_ids=tokens_BT.to(self._device), attention_mask=mask, use_cache=False)
+        return list(self._seen)
+
+
+class _Stop(Exception):
+    """Ends a forward at the last block."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: notes its arguments and hands its hidden states on."""
+
+    def __init__(self, path: str, block: nn.Module, seen: list[Seen]) -> None:
+        super().__init__()
+        self.path, self.seen = path, seen
+        self.block = (block,)  # in a tuple, so that it is no submodule
+        self.shift, self.is_last, self.returns_tuple = 0.0, False, False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        hidden = args[0] if args else kwargs.get(_HIDDEN)
+        if not isinstance(hidden, Tensor):
+            raise ModelError(f"{self.path}: found a call without hidden states; needed them first or as {_HIDDEN}=")
+        own = ((Hidden(), *args[1:]), kwargs) if args else ((), {**kwargs, _HIDDEN: Hidden()})
+        flat, spec = tree_flatten_with_path(own)
+        names, leaves = tuple(keystr(path) for path, _ in flat), tuple(leaf for _, leaf in flat)
+        for name, leaf in zip(names, leaves, strict=True):
+            if not isinstance(leaf, (Tensor, Hidden, *_CONSTANTS)):
+                raise ModelError(
+                    f"{self.path}: found argument {name} of type {type(leaf).__name__}; needed tensors, numbers, texts "
+                    "or None; this model is not supported yet"
+                )
+        self.seen.append(Seen(self.path, hidden, names, leaves, spec))
+        if self.is_last:
+            raise _Stop
+        hidden = hidden + self.shift if self.shift else hidden
+        return (hidden,) if self.returns_tuple else hidden
+
+    def __getattr__(self, name: str) -> Any:
+        """What the model reads off its blocks, such as ``attention_type``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.block[0], name)
+
+
+def _load(
+    module: nn.Module, args: object, *, source: WeightSource, path: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Replace a module's own meta parameters by the stored ones."""
+    del args
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.is_meta:
+            tensor = source.read(f"{path}.{name}" if path else name)
+            tensor = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+            setattr(module, name, nn.Parameter(tensor, requires_grad=False))

@@ -1,0 +1,180 @@
+"""Where weights come from: one tensor at a time, never the whole model."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from autoround.errors import ModelError
+from autoround.model.names import add_tied, match_names
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class WeightSource(Protocol):
+    """Tensors of a model by module name.
+
+    Every method but ``names`` takes any name of a tied weight and raises ModelError for a name that is not there.
+    """
+
+    def names(self) -> tuple[str, ...]:
+        """Module names of all parameters and persistent buffers; of tied weights only those that are stored."""
+        ...
+
+    def checkpoint_name(self, name: str) -> str:
+        """Name under which a checkpoint of this model holds the tensor."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape as the module has it."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of what ``read`` returns."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in its stored dtype (float32 where that is not torch's), on the CPU; not to be written to."""
+        ...
+
+
+class StoredNames:
+    """Lookup of stored tensors by module name, complete by construction.
+
+    Raises:
+        ModelError: a parameter of the model is not stored.
+    """
+
+    def __init__(self, skeleton: PreTrainedModel, stored: Mapping[str, str], where: str) -> None:
+        self._where = where
+        self._names = tuple(stored)
+        self._keys = add_tied(skeleton, stored)
+        missing = [name for name, _ in skeleton.named_parameters() if name not in self._keys]
+        if missing:
+            raise ModelError(
+                f"{where}: found no tensor {missing[0]} ({len(missing)} are missing); needed all parameters of "
+                f"{type(skeleton).__name__}; download the checkpoint again"
+            )
+
+    def names(self) -> tuple[str, ...]:
+        return self._names
+
+    def key(self, name: str) -> str:
+        if name not in self._keys:
+            raise ModelError(f"{self._where}: found no tensor {name}; needed one of {', '.join(self._names[:3])}, …")
+        return self._keys[name]
+
+
+class SafetensorsSource(StoredNames):
+    """A folder with ``model.safetensors``, or with shards and their index.
+
+    Files are mapped, not loaded, and only while a tensor of theirs is in use.
+
+    Raises:
+        ModelError: no such files, a missing or damaged one, or tensors that do not fit the model; names the file.
+    """
+
+    def __init__(self, folder: Path, skeleton: PreTrainedModel) -> None:
+        self._files: dict[str, Path] = {}
+        self._heads: dict[str, Tensor] = {}
+        for file in _weight_files(folder):
+            heads = _read_header(file)
+            self._heads.update(heads)
+            self._files.update(dict.fromkeys(heads, file))
+        stored = match_names(skeleton, self._heads, str(folder))
+        super().__init__(skeleton, stored, str(folder))
+        for name, tensor in skeleton.state_dict().items():
+            if name in stored and self.shape(name) != tuple(tensor.shape):
+                raise ModelError(
+                    f"{self._files[stored[name]]}: found {stored[name]} of shape {self.shape(name)}; "
+                    f"needed {tuple(tensor.shape)} as config.json says; check that the two belong together"
+                )
+
+    def checkpoint_name(self, name: str) -> str:
+        return self.key(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._heads[self.key(name)].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._heads[self.key(name)].dtype
+
+    def read(self, name: str) -> Tensor:
+        key = self.key(name)
+        with safe_open(self._files[key], framework="pt") as handle:
+            tensor: Tensor = handle.get_tensor(key)
+        return tensor
+
+
+class ModuleSource(StoredNames):
+    """A model in memory; reading copies nothing."""
+
+    def __init__(self, module: PreTrainedModel, skeleton: PreTrainedModel) -> None:
+        persistent = module.state_dict()
+        self._tensors: dict[str, Tensor] = dict(module.named_parameters())
+        self._tensors.update({name: buffer for name, buffer in module.named_buffers() if name in persistent})
+        super().__init__(skeleton, {name: name for name in self._tensors}, type(module).__name__)
+
+    def checkpoint_name(self, name: str) -> str:
+        return self.key(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[self.key(name)].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[self.key(name)].dtype
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[self.key(name)].detach()
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    """The files that hold the weights, each of them there."""
+    if (folder / WEIGHTS).is_file():
+        return (folder / WEIGHTS,)
+    if not (folder / INDEX).is_file():
+        raise _no_weights(folder)
+    try:
+        shards = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(
+            f"{folder / INDEX}: found no weight_map ({error!r}); needed a valid index; download it again"
+        ) from error
+    for shard in shards:
+        if not (folder / shard).is_file():
+            raise ModelError(
+                f"{folder}: found no {shard}; needed the {len(shards)} files of {INDEX}; download it again"
+            )
+    return tuple(folder / shard for shard in shards)
+
+
+def _no_weights(folder: Path) -> ModelError:
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if pickled:
+        found, advice = (
+            pickled[0],
+            "convert it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)",
+        )
+    elif gguf := sorted(file.name for file in folder.glob("*.gguf")):
+        found, advice = gguf[0], f"name the file itself: {folder / gguf[0]}"
+    else:
+        found, advice = "no weights", "check the folder"
+    return ModelError(f"{folder}: found {found}; needed {WEIGHTS} or {INDEX}; {advice}")
+
+
+def _read_header(file: Path) -> dict[str, Tensor]:
+    """Meta tensors of a file's contents; safetensors checks the header against the file's size."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            keys = handle.keys()
+            return {key: handle.get_tensor(key).to("meta") for key in keys}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{file}: found a damaged or truncated file ({error}); needed complete safetensors; download it again"
+        ) from error

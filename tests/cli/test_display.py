@@ -1,0 +1,59 @@
+"""What a terminal shows."""
+
+import io
+
+from rich.console import Console
+
+from autoround.cli.display import LiveDisplay, PlainDisplay, display
+from autoround.cli.main import main
+from autoround.progress import BlockDone, Progress
+from tests.cli.stub import StubEngine
+
+TUNING = Progress(
+    phase="tuning", block=3, blocks=30, step=50, steps=200, loss_first=2e-3, loss=1e-3,
+    tokens_per_second=5000.0, eta_seconds=61.0, memory_bytes=1_060_000_000)  # fmt: skip
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_the_live_display_and_a_pipe_the_plain_one() -> None:
+    with display(Terminal()) as screen:
+        assert isinstance(screen, LiveDisplay)
+    with display(io.StringIO()) as screen:
+        assert isinstance(screen, PlainDisplay)
+
+
+def test_the_live_bar_tells_block_step_loss_speed_memory_and_time_left() -> None:
+    stream = io.StringIO()
+    screen = LiveDisplay(Console(file=stream, force_terminal=True, width=80, color_system=None))
+    screen.update(Progress(phase="calibration", block=0, blocks=30, message="reading [bold]text"))
+    screen.update(TUNING)
+    screen.block_done(BlockDone(index=2, path="layers.2", loss_first=2e-3, loss_best=5e-4, seconds=9.0), 30)
+    screen.note("found [brackets]")
+    screen.stop()
+    text = stream.getvalue()
+    assert "reading [bold]text" in text
+    assert any("block 3/30" in line and "step 50/200  loss 2.00e-03 -> 1.00e-03" in line for line in text.splitlines())
+    assert "5,000 tokens/s  1.06 GB  1:01 left" in text
+    assert "block 3/30  layers.2  loss 2.000e-03 -> 5.000e-04  9.0 s\n" in text
+    assert "found [brackets]\n" in text
+
+
+def test_a_command_on_a_terminal_leaves_the_finished_blocks_there(capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    assert main(["m"], quantize=StubEngine()) == 0
+    text = terminal.getvalue()
+    assert "block 1/2  layers.0  loss 2.000e+00 -> 1.000e+00  finished before\n" in text
+    assert "block 2/2  layers.1  loss 2.000e+00 -> 5.000e-01  12.3 s\n" in text
+    assert "auto-round: warning: less text than asked\n" in text
+    assert capsys.readouterr().out == "autoround-output\n"
+
+
+def test_a_block_that_was_not_tuned_has_no_loss() -> None:
+    stream = io.StringIO()
+    PlainDisplay(stream).block_done(BlockDone(index=0, path="layers.0", seconds=0.25), 2)
+    assert stream.getvalue() == "block 1/2  layers.0  0.2 s\n"

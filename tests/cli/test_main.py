@@ -1,0 +1,164 @@
+"""The commands, driven with an engine that computes nothing: output, messages and exit status."""
+
+import errno
+import logging
+from collections.abc import Callable
+
+import pytest
+
+from autoround.cli import main as commands
+from autoround.cli.main import main
+from autoround.errors import AutoRoundError, DataError, UsageError
+from autoround.log import LOGGER
+from autoround.recipe import Recipe
+from tests.cli.stub import StubEngine
+
+RAN = """\
+calibration: reading text
+auto-round: warning: less text than asked
+block 1/2  layers.0  loss 2.000e+00 -> 1.000e+00  finished before
+block 2/2  layers.1  loss 2.000e+00 -> 5.000e-01  12.3 s  1,234 tokens/s  1.50 GB  1:02:05 left
+export: auto_round in out
+"""
+
+DRY = """\
+StubForCausalLM: 2 blocks, 2 layers to quantize with 4,096 weights
+
+quantized
+      2 x up  64x32  W4A16G128
+
+kept
+      2 x odd         8x7  odd
+      1 x lm_head  100x32  outside the blocks
+
+notes
+  worth telling
+"""
+
+
+def test_a_run_prints_its_progress_and_then_the_folders(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = StubEngine()
+    assert main(["m", "--bits", "2", "--output_dir", "out"], "light", quantize=engine) == 0
+    assert engine.asked == [Recipe.preset("light", model="m", bits=2, output_dir="out")]
+    assert capsys.readouterr() == ("out\n", RAN)
+
+
+def test_a_quiet_run_prints_warnings_and_the_folders(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["m", "--quiet", "--output_dir", "out"], quantize=StubEngine()) == 0
+    assert capsys.readouterr() == ("out\n", "auto-round: warning: less text than asked\n")
+
+
+def test_a_dry_run_prints_the_plan_and_runs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = StubEngine(failure=AssertionError("a dry run does not iterate"))
+    assert main(["m", "--dry-run"], quantize=engine) == 0
+    assert capsys.readouterr() == (DRY, "")
+
+
+def test_debug_prints_what_is_logged_and_leaves_the_logger_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    before = (LOGGER.level, list(LOGGER.handlers))
+    assert main(["m", "--debug"], quantize=StubEngine()) == 0
+    assert "auto-round: debug: for the curious\n" in capsys.readouterr().err
+    assert (LOGGER.level, LOGGER.handlers) == before
+    assert LOGGER.level == logging.NOTSET
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (DataError("notes.txt: found 3 tokens; needed 16"), 1, "notes.txt: found 3 tokens; needed 16"),
+        (UsageError("device_map: found 'tpu'"), 2, "device_map: found 'tpu'"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/model.safetensors"),
+            1,
+            "out/model.safetensors: No space left on device; free some space and repeat the command: "
+            "finished blocks are kept",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/out"),
+            1,
+            "/out: Permission denied; change the permissions or the folder",
+        ),
+        (OSError("hub unreachable"), 1, "hub unreachable"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, OSError | AutoRoundError) else "",
+)
+@pytest.mark.parametrize("when", ["failure", "failure_at_once"])
+def test_an_error_is_one_message(
+    error: Exception, status: int, message: str, when: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["m", "--quiet"], "best", quantize=StubEngine(**{when: error})) == status
+    out, err = capsys.readouterr()
+    assert (out, err.splitlines()[-1]) == ("", f"auto-round-best: error: {message}")
+    assert "Traceback" not in err
+
+
+def test_debug_lets_the_error_through() -> None:
+    with pytest.raises(DataError, match="found 3 tokens"):
+        main(["m", "--debug"], quantize=StubEngine(failure=DataError("found 3 tokens")))
+
+
+def test_a_defect_of_this_package_is_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError):
+        main(["m"], quantize=StubEngine(failure=ZeroDivisionError()))
+
+
+def test_an_interrupt_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["m", "--quiet"], quantize=StubEngine(failure=KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "auto-round: stopped; blocks finished so far are kept: repeat the command to go on"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "model: found none; needed a hub name, folder or .gguf file; try auto-round --help"),
+        (["m", "--bits", "5"], "bits: found 5; needed one of 2, 3, 4, 8"),
+        (
+            ["m", "--group_size", "0"],
+            "group_size: found 0; needed a positive number such as 32, 64 or 128, or -1 for one group per row",
+        ),
+        (
+            ["m", "--scheme", "W9A16X"],
+            "scheme: found 'W9A16X'; needed W2A16, W3A16, W4A16 or W8A16, optionally with a group size "
+            "and ASYM as in W4A16G64 or W4A16G32_ASYM",
+        ),
+        (["m", "--itres", "3"], "found unknown flag --itres; did you mean '--iters'?"),
+        (["m", "--format", "auto_round,auto_gtpq"], "format: found 'auto_gtpq'; needed one of "),
+        (["m", "--dataset", "a.txt:nun=3"], "dataset 'a.txt': found unknown option 'nun'; known are "),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_refused_before_anything_is_opened(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = StubEngine()
+    assert main(words, quantize=engine) == 2
+    out, err = capsys.readouterr()
+    assert engine.asked == []
+    assert out == ""
+    assert err.startswith(f"auto-round: error: {message}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "preset"),
+    [
+        (commands.auto_round, "default"),
+        (commands.best, "best"),
+        (commands.light, "light"),
+        (commands.rtn, "rtn"),
+        (commands.opt_rtn, "opt_rtn"),
+    ],
+)
+def test_each_command_refuses_in_its_own_name(
+    command: Callable[[], int], preset: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["ignored", "--bits", "5", "m"])
+    assert command() == 2
+    assert capsys.readouterr().err == f"{commands.program(preset)}: error: bits: found 5; needed one of 2, 3, 4, 8\n"
+
+
+def test_the_evaluation_command_says_what_to_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.evaluate() == 2
+    assert capsys.readouterr().err.startswith("auto-round-eval: error: evaluation is not available yet; write --format")

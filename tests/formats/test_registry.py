@@ -1,0 +1,59 @@
+"""Names of layouts."""
+
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from autoround.errors import UsageError
+from autoround.formats import registry
+from autoround.formats.fake import FAKE
+from autoround.formats.registry import ABSENT, FORMATS, available, get_format, resolve_name, rules
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_name_loads_a_layout_with_its_rules(name: str) -> None:
+    form = get_format(name)
+    assert form.rules is rules(name)
+    assert form.rules.name == name
+
+
+@pytest.mark.parametrize("typed", ["AUTO_ROUND", " auto_round ", "auto_round:auto_gptq", "Auto_Round:Auto_GPTQ"])
+def test_spellings(typed: str) -> None:
+    assert resolve_name(typed) == "auto_round"
+
+
+def test_a_typo_gets_the_near_name() -> None:
+    with pytest.raises(UsageError, match=r"found 'auto_gptk'; needed one of auto_round, .*did you mean auto_gptq\?"):
+        rules("auto_gptk")
+
+
+def test_nonsense_gets_the_list() -> None:
+    with pytest.raises(UsageError, match=r"needed one of auto_round, auto_gptq, fake$"):
+        rules("zzz")
+
+
+@pytest.mark.parametrize("name", [*(name for name in ABSENT if not name.endswith(":")), "gguf:q4_k_m", "GGUF:Q8_0"])
+def test_known_but_absent_names_get_advice(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"found {name}, which is not supported yet; use .*(auto_|fake)"):
+        get_format(name)
+
+
+def test_an_object_is_taken_as_it_is() -> None:
+    assert get_format(FAKE) is FAKE
+    assert rules(FAKE) is FAKE.rules
+
+
+def test_third_parties(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = EntryPoint(name="Mine", value="autoround.formats.fake:FAKE", group=registry.ENTRY_POINTS)
+    monkeypatch.setattr(registry, "entry_points", lambda *, group: [entry] if group == "autoround.formats" else [])
+    assert available() == (*FORMATS, "mine")
+    assert get_format("MINE") is FAKE
+    assert rules("mine") is FAKE.rules
+
+
+def test_rules_need_no_torch() -> None:
+    code = "import sys; from autoround.formats.registry import rules; rules('auto_gptq'); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"

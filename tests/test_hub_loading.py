@@ -1,0 +1,191 @@
+"""Loading what was written, by this package and by transformers after ``register``."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from autoround.errors import FormatError, ModelError
+from autoround.formats.packed import PackedLinear
+from autoround.hub import load, register
+from tests.formats.quantized import Quantized, quantized, tiny_gpt2, tiny_llama
+
+Make = Callable[[], PreTrainedModel]
+PROMPT = torch.tensor([[5, 17, 42, 7]])
+FORMATS = ("auto_round", "auto_gptq", "fake")
+
+
+def _greedy(model: PreTrainedModel) -> list[int]:
+    tokens = model.generate(PROMPT, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return tokens[0].tolist()
+
+
+def _logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(PROMPT).logits
+
+
+def _packed(model: PreTrainedModel) -> dict[str, PackedLinear]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def _half(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model with weights that float16 holds exactly, so that every layout keeps them."""
+    return model.half().float()
+
+
+MODELS = {
+    "llama": lambda: _half(tiny_llama()),
+    "tied_llama_with_biases": lambda: _half(tiny_llama(tied=True, bias=True)),
+    "gpt2": lambda: _half(tiny_gpt2()),
+}
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize(("bits", "sym"), [(2, True), (3, True), (4, True), (4, False), (8, False)])
+def test_every_layout_generates_the_same(make: Make, bits: int, sym: bool, tmp_path: Path) -> None:
+    tiny = quantized(make(), *FORMATS, bits=bits, sym=sym)
+    models = {form: load(tiny.write(form, tmp_path / form), dtype="float32") for form in FORMATS}
+    assert set(_packed(models["auto_round"])) == set(_packed(models["auto_gptq"])) == set(tiny.plan.specs)
+    assert not _packed(models["fake"])
+    expected = _logits(models["fake"])
+    assert not torch.equal(expected, _logits(make()))  # quantization changed something
+    for form in ("auto_round", "auto_gptq"):
+        torch.testing.assert_close(_logits(models[form]), expected, rtol=0, atol=1e-5)
+        assert _greedy(models[form]) == _greedy(models["fake"])
+
+
+def test_kept_and_odd_layers(tmp_path: Path) -> None:
+    """Rows of 80 take groups of 16 in auto_round, and are no multiple of 32, so that they are kept."""
+    tiny = quantized(tiny_llama(intermediate=80), "auto_round", "auto_gptq")
+    assert {path.rpartition(".")[2] for path in tiny.plan.specs} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    for form in ("auto_round", "auto_gptq"):
+        assert set(_packed(load(tiny.write(form, tmp_path / form)))) == set(tiny.plan.specs)
+    mixed = quantized(tiny_llama(), "auto_round", group_size=64)
+    assert {spec.group_size for spec in mixed.plan.specs.values()} == {64, 32}
+    packed = load(mixed.write("auto_round", tmp_path / "mixed"), dtype="float32")
+    torch.testing.assert_close(_logits(packed), _logits(load(mixed.write("fake", tmp_path / "dense"))))
+
+
+@pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_dtypes(scale_dtype: str, dtype: torch.dtype | None, tmp_path: Path) -> None:
+    """Scales stay as they are whatever the activations are."""
+    tiny = quantized(tiny_llama(bias=True), scale_dtype=scale_dtype)
+    model = load(tiny.write("auto_round", tmp_path / "out"), dtype=dtype)
+    layer = _packed(model)["model.layers.0.self_attn.q_proj"]
+    assert layer.scales.dtype == getattr(torch, scale_dtype)
+    assert layer.bias is not None
+    assert layer.bias.dtype == model.dtype == _logits(model).dtype == (dtype or torch.float32)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Quantized:
+    return quantized(tiny_llama(), "auto_round", "auto_gptq")
+
+
+def test_register_serves_from_pretrained_and_is_undone(llama: Quantized, tmp_path: Path) -> None:
+    folder = llama.write("auto_round", tmp_path / "out")
+    before = [dict(AUTO_QUANTIZER_MAPPING), dict(AUTO_QUANTIZATION_CONFIG_MAPPING)]
+    registration = register()
+    assert AUTO_QUANTIZER_MAPPING["gptq"] is before[0]["gptq"]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert _greedy(model) == _greedy(load(folder))
+    registration.undo()
+    assert before == [AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING]
+    registration.undo()
+    assert before == [AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING]
+    with pytest.raises(ImportError, match="auto-round"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_register_for_gptq(llama: Quantized, tmp_path: Path) -> None:
+    folder = llama.write("auto_gptq", tmp_path / "out")
+    with register(("gptq",)):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    assert _packed(model)
+    with pytest.raises(ImportError, match="optimum"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_load_leaves_no_trace(llama: Quantized, tmp_path: Path) -> None:
+    before = [dict(AUTO_QUANTIZER_MAPPING), dict(AUTO_QUANTIZATION_CONFIG_MAPPING)]
+    folder = llama.write("auto_round", tmp_path / "out")
+    load(folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-1])
+    with pytest.raises(ModelError, match="out: .*; needed a complete checkpoint folder"):
+        load(folder)
+    assert before == [AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING]
+
+
+@pytest.mark.parametrize("form", ["auto_round", "auto_gptq"])
+def test_a_loaded_model_saves_as_it_was(form: str, llama: Quantized, tmp_path: Path) -> None:
+    folder = llama.write(form, tmp_path / "out")
+    load(folder).save_pretrained(tmp_path / "again")
+    first, second = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "again"))
+    assert set(first) == set(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    configs = [json.loads((place / "config.json").read_text()) for place in (folder, tmp_path / "again")]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+def test_a_foreign_file_with_reordered_columns(llama: Quantized, tmp_path: Path) -> None:
+    """g_idx is followed where it is not in order: columns of one layer and its g_idx permuted alike."""
+    folder = llama.write("auto_gptq", tmp_path / "out")
+    path = "model.layers.0.mlp.down_proj"
+    weight = _packed(load(folder))[path].dequantize()
+    tensors = load_file(folder / "model.safetensors")
+    order = torch.randperm(weight.shape[0], generator=torch.Generator().manual_seed(0))
+    tiny = llama.blocks[0]["mlp.down_proj"]
+    packed = llama.contents("auto_gptq").form.pack(tiny._replace(q_OI=tiny.q_OI[:, order]), llama.plan.specs[path])
+    tensors[f"{path}.qweight"] = packed["qweight"]
+    tensors[f"{path}.g_idx"] = tensors[f"{path}.g_idx"][order]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert torch.equal(_packed(load(folder))[path].dequantize(), weight[order])
+
+
+def _edit_config(folder: Path, **changes: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_layouts_of_other_tools_are_refused(llama: Quantized, tmp_path: Path) -> None:
+    folder = llama.write("auto_round", tmp_path / "out")
+    _edit_config(folder, packing_format="auto_round:auto_awq")
+    with pytest.raises(FormatError, match="out: found packing_format 'auto_round:auto_awq'; needed one of"):
+        load(folder)
+
+
+def test_gptq_version_2_stores_true_zero_points(llama: Quantized, tmp_path: Path) -> None:
+    folder = llama.write("auto_gptq", tmp_path / "out")
+    _edit_config(folder, checkpoint_format="gptq_v2")
+    assert {layer.zero_offset for layer in _packed(load(folder)).values()} == {0}
+
+
+def test_damaged_folders(llama: Quantized, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="found no config.json"):
+        load(tmp_path)
+    with pytest.raises(ModelError, match="absent: .*; needed a complete checkpoint folder or a hub name"):
+        load(tmp_path / "absent")
+    folder = llama.write("auto_round", tmp_path / "out")
+    tensors = load_file(folder / "model.safetensors")
+    path = "model.layers.0.mlp.down_proj"
+    scales = tensors.pop(f"{path}.scales")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FormatError, match=f"{path}: found qweight without scales"):
+        load(folder)
+    tensors |= {f"{path}.scales": scales, f"{path}.qweight": tensors[f"{path}.qweight"][4:].clone()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FormatError, match=rf"{path}: found 64x64 weights of 4 bits; needed 64x96"):
+        load(folder)
+    save_file({"lm_head.weight": tensors["lm_head.weight"]}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FormatError, match="found no packed layers"):
+        load(folder)
