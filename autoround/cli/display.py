@@ -111,11 +111,11 @@ class _Notes(logging.Handler):
 
 
 @contextmanager
-def logged(note: Callable[[str], None], level: int) -> Iterator[None]:
-    """Send what the package logs at a level and above to ``note``, and leave the logger as it was."""
+def logged(note: Callable[[str], None], *, debug: bool) -> Iterator[None]:
+    """Send what the package logs, from warnings or all, to ``note``, and leave the logger as it was."""
     handler, before = _Notes(note), LOGGER.level
     LOGGER.addHandler(handler)
-    LOGGER.setLevel(level)
+    LOGGER.setLevel(logging.DEBUG if debug else logging.WARNING)
     try:
         yield
     finally:

@@ -1,7 +1,6 @@
 """The commands: read the command line, run the engine, turn errors into one message and an exit status."""
 
 import errno
-import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ from autoround.cli.flags import Command, parse, program
 from autoround.cli.refused import COMMANDS
 from autoround.data.language import parse_specs
 from autoround.errors import AutoRoundError, UsageError
-from autoround.formats.registry import rules
 from autoround.plan import Plan
 from autoround.progress import BlockDone, Progress
 from autoround.recipe import Recipe
@@ -88,7 +86,7 @@ def main(argv: Sequence[str] | None = None, preset: str = "default", *, quantize
     Raises:
         SystemExit: after --help and --version have printed.
     """
-    words, name, command = list(sys.argv[1:] if argv is None else argv), program(preset), None
+    words, name = list(sys.argv[1:] if argv is None else argv), program(preset)
     try:
         command = parse(words, preset)
         _check(command.recipe)
@@ -98,18 +96,16 @@ def main(argv: Sequence[str] | None = None, preset: str = "default", *, quantize
             raise
         return _fail(name, error)
     except KeyboardInterrupt:
-        kept = (
-            ""
-            if command is None or command.dry_run
-            else "; blocks finished so far are kept: repeat the command to go on"
-        )
-        print(f"{name}: stopped{kept}", file=sys.stderr)
+        again = "repeat the command without --overwrite" if "--overwrite" in words else "repeat the command"
+        print(f"{name}: stopped; blocks finished so far are kept: {again} to go on", file=sys.stderr)
         return INTERRUPTED
     return 0
 
 
 def _check(recipe: Recipe) -> None:
     """Refuse what can be refused before torch is imported."""
+    from autoround.formats.registry import rules
+
     for name in recipe.format:
         rules(name)
     if recipe.dataset is not None:
@@ -123,20 +119,21 @@ def _engine() -> Quantize:
 
 
 def _work(command: Command, quantize: Quantize) -> None:
+    """Print the plan, or run it with progress on stderr and print the folders."""
     from autoround.cli.display import display, logged
     from autoround.cli.show import show_plan
 
     recipe = command.recipe
-    with display(sys.stderr) as screen, logged(screen.note, logging.DEBUG if command.debug else logging.WARNING):
+    with display(sys.stderr) as screen, logged(screen.note, debug=command.debug):
         if command.dry_run:
-            plan = quantize(recipe.model, recipe).plan
+            result = show_plan(quantize(recipe.model, recipe).plan)
         else:
             run = quantize(recipe.model, recipe, on_progress=None if command.quiet else screen.update)
             for done in run:
                 if not command.quiet:
                     screen.block_done(done, len(run.plan.blocks))
-            folders = run.export()
-    print(show_plan(plan) if command.dry_run else "\n".join(map(str, folders)))
+            result = "\n".join(map(str, run.export()))
+    print(result)
 
 
 def _fail(name: str, error: AutoRoundError | OSError) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 PERIOD = 32
 # Codes handled at once, which bounds the memory of the intermediate integers.
-_CHUNK = 2**22
+_CHUNK = 2**20
 
 
 def pack_stream(codes_NV: Tensor, bits: int) -> Tensor:

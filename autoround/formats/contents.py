@@ -4,17 +4,19 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from autoround.errors import FormatError
 from autoround.formats.types import Format
 from autoround.func.types import IntCodes
 from autoround.plan import Plan
 from autoround.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Block number -> layer path relative to the block -> codes.
 BlockCodes: TypeAlias = Callable[[int], Mapping[str, IntCodes]]
@@ -38,7 +40,7 @@ class Model(Protocol):
     """What is needed of an opened model; ``autoround.model.load.OpenModel`` is one."""
 
     @property
-    def skeleton(self) -> PreTrainedModel: ...
+    def skeleton(self) -> "PreTrainedModel": ...
 
     @property
     def config(self) -> Any: ...
@@ -52,7 +54,7 @@ class Model(Protocol):
     @property
     def own_tokenizer(self) -> Any: ...
 
-    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+    def tokenizer(self) -> "PreTrainedTokenizerBase": ...
 
     def side_files(self) -> tuple[Path, ...]: ...
 

@@ -59,7 +59,7 @@ class PackedLinear(nn.Module):
         """The weight of ``count`` output features from ``first`` on (both multiples of 32), float32 (I, count)."""
         last = self.out_features if count is None else min(first + count, self.out_features)
         words = slice(first * self.bits // 32, last * self.bits // 32)
-        zero_GO = unpack_words(self.qzeros[:, words].t(), self.bits).t().float() + self.zero_offset
+        zero_GO = unpack_words(self.qzeros[:, words].t(), self.bits).t().contiguous().float() + self.zero_offset
         scale_GO = self.scales[:, first:last].float()
         weight_IO = unpack_words(self.qweight[:, first:last], self.bits).float()
         if self.reordered and self.g_idx is not None:

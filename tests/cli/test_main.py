@@ -102,10 +102,11 @@ def test_a_defect_of_this_package_is_not_hidden() -> None:
         main(["m"], quantize=StubEngine(failure=ZeroDivisionError()))
 
 
-def test_an_interrupt_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["m", "--quiet"], quantize=StubEngine(failure=KeyboardInterrupt())) == 130
+@pytest.mark.parametrize(("flags", "how"), [([], ""), (["--overwrite"], " without --overwrite")])
+def test_an_interrupt_says_how_to_go_on(flags: list[str], how: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["m", *flags], quantize=StubEngine(failure=KeyboardInterrupt())) == 130
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "auto-round: stopped; blocks finished so far are kept: repeat the command to go on"
+        f"auto-round: stopped; blocks finished so far are kept: repeat the command{how} to go on"
     )
 
 

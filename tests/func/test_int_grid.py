@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.func.cases import SPECS, random_params, weights_OI
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from autoround import func as F
 from autoround.errors import ModelError, UsageError
 from autoround.func.grids.int import bounds, init, round_to_dtype, scale_and_zero
+from tests.func.cases import SPECS, random_params, weights_OI
 
 
 @given(weights_OI(), st.sampled_from(SPECS), st.integers(0, 2**32))

@@ -1,6 +1,7 @@
 """Twenty steps on one block follow auto-round 0.16.1, as recorded by tests/golden/record_auto_round.py.
 
-With float16 scales the two differ on purpose: there, gradients of the clips pass through float16, here they stay float32.
+With float16 scales the two differ on purpose: there, gradients of the clips pass through float16, here they stay
+float32.
 """
 
 import json

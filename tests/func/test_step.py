@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from autoround import func as F
 from autoround.errors import ModelError

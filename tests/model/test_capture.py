@@ -109,6 +109,23 @@ def test_only_the_embedding_is_read(tmp_path: Path) -> None:
     assert all(parameter.is_meta for parameter in model.skeleton.parameters())
 
 
+class _Curious(LlamaModel):
+    """Looks at its blocks and at weights that it does not use."""
+
+    def forward(self, input_ids: Tensor, **ignored: Any) -> None:
+        hidden = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, layer.hidden_size, dtype=self.norm.weight.dtype)
+
+
+def test_the_model_can_look_at_blocks_and_dtypes() -> None:
+    module = LlamaForCausalLM(tiny.CONFIGS["llama"])
+    module.model = _Curious(tiny.CONFIGS["llama"])
+    captured = _captured(open_model(module), padded=False, dtype=torch.bfloat16)
+    call = captured.templates[2].bind(captured.hidden_NTD, torch.arange(tiny.ROWS))
+    assert (call.args[1], call.kwargs) == (32, {"dtype": torch.bfloat16})
+
+
 class _Odd(LlamaModel):
     """Calls its blocks in ways that cannot be recorded."""
 
@@ -127,6 +144,8 @@ class _Odd(LlamaModel):
                 return hidden.mean(-1)
             case "axes":
                 return input_ids @ input_ids.mT
+            case "count":
+                return len(input_ids)
             case "batch":
                 return input_ids[-1]
 
@@ -142,6 +161,7 @@ class _Odd(LlamaModel):
             "axes",
             r"model\.layers\.0: argument \[0\]\[1\]: found shapes \(1, 1\) and \(2, 2\) .*; needed one batch axis",
         ),
+        ("count", r"model\.layers\.0: argument \[0\]\[1\]: found 1 and 2; needed the same for all batches"),
         ("batch", r"model\.layers\.0: argument \[0\]\[1\]: found a tensor that differs between batches"),
     ],
 )

@@ -20,6 +20,7 @@ from transformers import (
 
 from autoround.errors import ModelError
 from autoround.model.load import OpenModel, open_model
+from autoround.model.names import match_names
 from tests.model import tiny
 
 WEIGHTS = "model.safetensors"
@@ -83,6 +84,12 @@ def test_renamed_tensors_keep_their_checkpoint_name(tmp_path: Path) -> None:
     model = open_model(tmp_path)
     _assert_same_tensors(model, original)
     assert model.source.checkpoint_name("lm_head.weight") == "embed_out.weight"
+
+
+def test_names_that_only_look_old_are_kept() -> None:
+    model = tiny.make("llama")
+    model.model.LayerNorm = nn.ParameterDict({"gamma": torch.ones(1)})
+    assert match_names(model, ["model.LayerNorm.gamma"], "here") == {"model.LayerNorm.gamma": "model.LayerNorm.gamma"}
 
 
 @pytest.mark.parametrize("kept", ["model.embed_tokens.weight", "lm_head.weight"])

@@ -81,10 +81,10 @@ def tokens() -> Tensor:
 
 
 def validity(*, padded: bool) -> Tensor:
-    """Two rows end in padding of different length, or none does."""
+    """One row ends in padding and one begins with it, or there is none."""
     valid_NT = torch.ones(ROWS, TOKENS, dtype=torch.bool)
     if padded:
-        valid_NT[1, 8:] = valid_NT[3, 5:] = False
+        valid_NT[1, 8:] = valid_NT[3, :5] = False
     return valid_NT
 
 

@@ -156,7 +156,7 @@ def scale_and_zero(prepared: Prepared, params: RoundingParams, spec: QuantSpec) 
 def round_codes(
     weight_OGS: Tensor, offset_OGS: Tensor | float, scale_OG: Tensor, zero_OG: Tensor, spec: QuantSpec
 ) -> Tensor:
-    """``clamp(round(w / scale + offset) + zero, 0, 2**bits - 1)``: float-valued integers (O, G, S), straight-through"""
+    """``clamp(round(w / scale + offset) + zero, 0, 2**bits - 1)``, integers as floats (O, G, S), straight-through."""
     steps_OGS = weight_OGS / scale_OG.unsqueeze(-1) + offset_OGS
     return (_round_ste(steps_OGS) + zero_OG.unsqueeze(-1)).clamp(0, spec.code_max)
 
