@@ -124,7 +124,11 @@ def register(methods: tuple[str, ...] = ("auto-round",)) -> Registration:
 
 
 def load(
-    path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str | int | None = None
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | int | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a quantized or ordinary checkpoint for inference.
 
@@ -132,6 +136,7 @@ def load(
         path: folder or hub name of an ``auto_round``, ``auto_gptq`` or ``fake`` checkpoint.
         dtype: of activations and unquantized weights; the checkpoint's own when not given.
         device: the CPU when not given.
+        trust_remote_code: run Python code that comes with the model.
 
     Raises:
         ModelError: there is no such checkpoint, or its files are damaged.
@@ -142,7 +147,7 @@ def load(
     try:
         with register(("auto-round", "gptq")):
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype or "auto", device_map=device
+                path, dtype=dtype or "auto", device_map=device, trust_remote_code=trust_remote_code
             )
     except (OSError, SafetensorError) as error:
         cause = str(error).partition("\n")[0]

@@ -7,8 +7,10 @@ made by ``make clients``.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -30,19 +33,22 @@ from benchmarks import machine, smollm2
 ROOT = Path(__file__).parents[1]
 CLIENT = Path(os.environ.get("AUTOROUND_CLIENT_VENV") or ROOT / ".venv-clients") / "bin" / "python"
 BOOTSTRAPS = 2000
+POLL_SECONDS = 0.05
 
 
 class Cost(NamedTuple):
-    """Of one process: wall time in seconds and peak resident memory in GB."""
+    """Of one command: wall time in seconds, and peak resident memory in GB of the process and with its children.
+
+    The children are C++ compilers.
+    """
 
     seconds: float
     gigabytes: float
+    tree_gigabytes: float
 
 
 def write_calibration(file: Path, *, rows: int, seqlen: int, seed: int) -> None:
     """Texts of a little more than ``seqlen`` tokens each, so that both tools cut the same rows from them."""
-    import random
-
     tokenizer = smollm2.load_tokenizer()
     texts = documents(parse_specs("python-docs")[0], rng=random.Random(seed), rows=rows)
     found: list[str] = []
@@ -64,12 +70,27 @@ def measure(command: list[str], log: Path) -> Cost:
         settings = {"TORCHINDUCTOR_CACHE_DIR": cache, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment = {**os.environ, **settings}
         start = time.monotonic()
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=log.parent)
-        _, status, usage = os.wait4(process.pid, 0)
+        process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=log.parent)
+        own = tree = 0
+        while process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rss = process.memory_info().rss
+                own, tree = (
+                    max(own, rss),
+                    max(tree, rss + sum(_rss(child) for child in process.children(recursive=True))),
+                )
+            time.sleep(POLL_SECONDS)
         seconds = time.monotonic() - start
-    if status:
+    if process.returncode:
         raise SystemExit(f"{' '.join(command)}: failed; see {log}")
-    return Cost(seconds, usage.ru_maxrss / 1e6)
+    return Cost(seconds, own / 1e9, tree / 1e9)
+
+
+def _rss(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0
 
 
 def commands(options: argparse.Namespace, source: Path, data: Path, seed: int, folder: Path) -> dict[str, list[str]]:
@@ -102,10 +123,12 @@ def report(costs: dict[str, list[Cost]], scores: dict[str, list[TokenScores]]) -
     """Print a table row per tool and the paired difference."""
     for tool, own in costs.items():
         kls = [score.kl for score in scores[tool]]
-        times, memory = [cost.seconds for cost in own], [cost.gigabytes for cost in own]
+        times, memory = [cost.seconds for cost in own], max(cost.gigabytes for cost in own)
+        tree = max(cost.tree_gigabytes for cost in own)
         print(
             f"{tool:>12}: KL {sum(kls) / len(kls):.4f} ({' '.join(f'{kl:.4f}' for kl in kls)})   "
-            f"time {sum(times) / len(times):.0f} s ({' '.join(f'{t:.0f}' for t in times)})   peak {max(memory):.2f} GB"
+            f"time {sum(times) / len(times):.0f} s ({' '.join(f'{t:.0f}' for t in times)})   peak {memory:.2f} GB "
+            f"({tree:.2f} GB with compilers)"
         )
     ours, theirs = (torch.stack([score.kl_P for score in scores[tool]]).mean(0) for tool in ("autoround", "auto-round"))
     low, high = bootstrap(ours - theirs)
@@ -142,7 +165,7 @@ def run() -> None:
         write_calibration(data, rows=options.nsamples, seqlen=options.seqlen, seed=seed)
         for tool, command in commands(options, source, data, seed, folder).items():
             costs[tool].append(measure(command, folder / f"{tool}.log"))
-            seconds, gigabytes = costs[tool][-1]
+            seconds, gigabytes, _ = costs[tool][-1]
             print(f"seed {seed}: {tool} {seconds:.0f} s, {gigabytes:.2f} GB", flush=True)
         reference = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
         models = {tool: autoround.load(checkpoint(folder / tool), dtype=torch.float32) for tool in costs}

@@ -16,6 +16,7 @@ from transformers import (
     MixtralConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    dynamic_module_utils,
 )
 
 from autoround.errors import ModelError
@@ -152,6 +153,33 @@ def test_tokenizer_and_side_files(tmp_path: Path) -> None:
     assert open_model(original).side_files() == ()
     with pytest.raises(ModelError, match="LlamaForCausalLM: found no tokenizer with a model in memory; .*tokenizer="):
         open_model(original).tokenizer()
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_the_model_runs_only_if_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    folder = tmp_path / "own"
+    original = tiny.save("llama", folder)
+    code = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    _set(model_type="own_llama", auto_map=code)(folder)
+    (folder / "modeling_own.py").write_text(OWN_CODE)
+    with pytest.raises(ModelError, match="own_llama, which needs the Python code .* --trust_remote_code"):
+        open_model(folder)
+    model = open_model(folder, trust_remote_code=True)
+    assert type(model.skeleton).__name__ == "OwnForCausalLM"
+    _assert_same_tensors(model, original)
+    assert "modeling_own.py" in [file.name for file in model.side_files()]
 
 
 def _truncate(folder: Path) -> None:
