@@ -43,38 +43,45 @@ class TokenScores(NamedTuple):
 
 
 def compare(
-    reference: nn.Module, candidates: Mapping[str, nn.Module], tokens_NT: Tensor, *, reference_name: str = "float"
+    reference: nn.Module,
+    candidates: Mapping[str, nn.Module],
+    tokens_NT: Tensor,
+    *,
+    batch_size: int = 4,
+    reference_name: str = "float",
 ) -> dict[str, TokenScores]:
-    """Score candidates against a reference, row by row, all on the same tokens.
+    """Score candidates against a reference, all on the same tokens.
 
     Args:
         reference: a causal language model of transformers, in any float dtype.
         candidates: name -> model with the same vocabulary.
         tokens_NT: int64 (N, T), T >= 2; each row is scored on its own.
+        batch_size: rows in a forward.
         reference_name: name of the reference's own scores in the result.
 
     Returns:
         name -> scores over the N * (T - 1) predicted tokens; log-probabilities are taken in float32.
     """
-    models = {reference_name: reference, **candidates}
-    found: dict[str, list[TokenScores]] = {name: [] for name in models}
-    for tokens_T in tokens_NT:
-        expected_TV = _log_probabilities(reference, tokens_T)
-        for name, model in models.items():
-            log_TV = expected_TV if model is reference else _log_probabilities(model, tokens_T)
-            found[name].append(_score(expected_TV, log_TV, tokens_T[1:]))
+    found: dict[str, list[TokenScores]] = {name: [] for name in (reference_name, *candidates)}
+    for tokens_BT in tokens_NT.split(batch_size):
+        next_P = tokens_BT[:, 1:].flatten()
+        expected_PV = _log_probabilities(reference, tokens_BT)
+        found[reference_name].append(_score(expected_PV, expected_PV, next_P))
+        for name, model in candidates.items():
+            found[name].append(_score(expected_PV, _log_probabilities(model, tokens_BT), next_P))
     return {name: TokenScores(*(torch.cat(parts) for parts in zip(*rows, strict=True))) for name, rows in found.items()}
 
 
-def _log_probabilities(model: nn.Module, tokens_T: Tensor) -> Tensor:
+def _log_probabilities(model: nn.Module, tokens_BT: Tensor) -> Tensor:
+    """Of every next token, one row for each predicted one."""
     with torch.inference_mode():
         device = next(model.parameters()).device
-        logits_TV = model(input_ids=tokens_T[None].to(device), use_cache=False).logits[0, :-1]
-        return logits_TV.float().log_softmax(-1).cpu()
+        logits_BTV = model(input_ids=tokens_BT.to(device), use_cache=False).logits[:, :-1]
+        return logits_BTV.flatten(0, 1).float().log_softmax(-1).cpu()
 
 
-def _score(expected_TV: Tensor, log_TV: Tensor, next_T: Tensor) -> TokenScores:
-    kl_T = (expected_TV.exp() * (expected_TV - log_TV)).sum(-1)
+def _score(expected_PV: Tensor, log_PV: Tensor, next_P: Tensor) -> TokenScores:
+    kl_P = (expected_PV.exp() * (expected_PV - log_PV)).sum(-1)
     return TokenScores(
-        -log_TV.gather(-1, next_T[:, None])[:, 0].double(), kl_T.double(), expected_TV.argmax(-1) == log_TV.argmax(-1)
+        -log_PV.gather(-1, next_P[:, None])[:, 0].double(), kl_P.double(), expected_PV.argmax(-1) == log_PV.argmax(-1)
     )

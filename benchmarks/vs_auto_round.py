@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import autoround
+from autoround.backends.cpu import CPU
 from autoround.data.language import parse_specs
 from autoround.data.sources import documents
 from autoround.evaluate import TokenScores, compare
@@ -75,10 +76,8 @@ def measure(command: list[str], log: Path) -> Cost:
         while process.poll() is None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rss = process.memory_info().rss
-                own, tree = (
-                    max(own, rss),
-                    max(tree, rss + sum(_rss(child) for child in process.children(recursive=True))),
-                )
+                own = max(own, rss)
+                tree = max(tree, rss + sum(_rss(child) for child in process.children(recursive=True)))
             time.sleep(POLL_SECONDS)
         seconds = time.monotonic() - start
     if process.returncode:
@@ -156,8 +155,6 @@ def run() -> None:
     print(f"SmolLM2-135M dithered, W{options.bits} g{options.group_size} sym, {options.iters} iterations, "
           f"{options.nsamples} x {options.seqlen} tokens, batch 8, {options.seeds} seeds", flush=True)  # fmt: skip
     costs: dict[str, list[Cost]] = {"autoround": [], "auto-round": []}
-    scores: dict[str, list[TokenScores]] = {"autoround": [], "auto-round": []}
-    rows_NT = smollm2.held_out_rows(smollm2.load_tokenizer(), seqlen=options.seqlen, rows=options.rows)
     for seed in range(options.seeds):
         folder = options.folder / f"seed-{seed}"
         folder.mkdir()
@@ -167,12 +164,17 @@ def run() -> None:
             costs[tool].append(measure(command, folder / f"{tool}.log"))
             seconds, gigabytes, _ = costs[tool][-1]
             print(f"seed {seed}: {tool} {seconds:.0f} s, {gigabytes:.2f} GB", flush=True)
-        reference = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-        models = {tool: autoround.load(checkpoint(folder / tool), dtype=torch.float32) for tool in costs}
-        for tool, score in compare(reference, models, rows_NT).items():
-            if tool in scores:
-                scores[tool].append(score)
-                print(f"seed {seed}: {tool} KL {score.kl:.4f} +- {score.kl_error:.4f}", flush=True)
+    dtype = CPU.compute_dtype()
+    rows_NT = smollm2.held_out_rows(smollm2.load_tokenizer(), seqlen=options.seqlen, rows=options.rows)
+    reference = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+    models = {
+        f"{tool}/{seed}": autoround.load(checkpoint(options.folder / f"seed-{seed}" / tool), dtype=dtype)
+        for tool in costs
+        for seed in range(options.seeds)
+    }
+    found = compare(reference, models, rows_NT)
+    scores = {tool: [found[f"{tool}/{seed}"] for seed in range(options.seeds)] for tool in costs}
+    print(f"logits of all models in {dtype}")
     print(f"held-out: {rows_NT.shape[0] * (rows_NT.shape[1] - 1)} predicted tokens of Python documentation")
     report(costs, scores)
 
