@@ -205,25 +205,20 @@ def _fit_whole_model(
     spec: QuantSpec, odd_shapes: str, layers: Sequence[LayerShape], rules: Sequence[FormatRules]
 ) -> tuple[QuantSpec, list[str]]:
     """The group size for the whole model where a format needs a single one."""
-    for rule in rules:
-        if not rule.takes_group(spec.group_size) and odd_shapes == "fail":
-            raise UsageError(
-                f"format {rule.name}: found group_size {spec.group_size}; needed one of {rule.group_sizes}"
-            )
     rows = {layer.in_features for layer in layers if _fits_formats(layer, rules)}
     uniform = any(rule.uniform_group for rule in rules)
     unfit = sorted(row for row in rows if spec.group_size != WHOLE_ROW and row % spec.group_size)
-    refused = [rule.name for rule in rules if not rule.takes_group(spec.group_size)]
-    if odd_shapes != "fit" or not (refused or (uniform and unfit)):
-        return spec, []
-    for size in _sizes_below(spec.group_size):
+    refused = [rule for rule in rules if not rule.takes_group(spec.group_size)]
+    for size in _sizes_below(spec.group_size) if odd_shapes == "fit" and (refused or (uniform and unfit)) else ():
         if all(rule.takes_group(size) for rule in rules) and (not uniform or all(row % size == 0 for row in rows)):
             cause = (
-                f"{', '.join(refused)} takes no other"
+                f"{refused[0].name} does not take {spec.group_size}"
                 if refused
                 else f"{spec.group_size} does not divide rows of {unfit[0]}"
             )
             return replace(spec, group_size=size), [f"group size {size} for the whole model: {cause}"]
+    for rule in refused:
+        _check_group(spec.group_size, rule, f"format {rule.name}", advice="or --odd_shapes fit")
     return spec, []
 
 

@@ -108,14 +108,7 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"{name}: found {value}; needed a positive number")
-        if not self.format:
-            raise UsageError("format: found none; needed at least one, such as auto_round")
-        if isinstance(self.format, str):
-            raise UsageError(f"format: found the text {self.format!r}; needed a tuple such as ({self.format!r},)")
-        if PurePath(self.output_dir).name in ("", ".."):
-            raise UsageError(
-                f"output_dir: found {str(self.output_dir)!r}; needed a folder of its own, such as ./quantized"
-            )
+        _check_output(self)
         _check_choices(self)
         if self.model_dtype is not None:
             object.__setattr__(self, "model_dtype", SCALE_DTYPES[self.model_dtype])
@@ -179,3 +172,14 @@ def _check_choices(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if option["choices"] and value is not None and value not in option["choices"]:
             raise UsageError(f"{name}: found {value!r}; needed one of {', '.join(option['choices'])}")
+
+
+def _check_output(recipe: Recipe) -> None:
+    if not recipe.format:
+        raise UsageError("format: found none; needed at least one, such as auto_round")
+    if isinstance(recipe.format, str):
+        raise UsageError(f"format: found the text {recipe.format!r}; needed a tuple such as ({recipe.format!r},)")
+    if PurePath(recipe.output_dir).name in ("", ".."):
+        raise UsageError(
+            f"output_dir: found {str(recipe.output_dir)!r}; needed a folder of its own, such as ./quantized"
+        )
