@@ -183,9 +183,7 @@ def check_format(plan: Plan, rules: FormatRules) -> None:
         if not _fits_formats(layer.shape, [rules]):
             shape = f"{layer.shape.out_features}x{layer.shape.in_features}"
             raise UsageError(f"{where}: found shape {shape}; needed multiples of {rules.multiple}; {_ADVICE}")
-        if not rules.takes_group(group):
-            needed = ", ".join(map(str, rules.group_sizes))
-            raise UsageError(f"{where}: found group_size {group}; needed one of {needed}; {_ADVICE}")
+        _check_group(group, rules, where)
         if rules.uniform_group and group != plan.spec.group_size:
             raise UsageError(
                 f"{where}: found group_size {group}; needed {plan.spec.group_size} as elsewhere; {_ADVICE}"
@@ -198,6 +196,13 @@ def _check_spec(spec: QuantSpec, rule: FormatRules) -> None:
     if rule.scale_dtypes and spec.scale_dtype not in rule.scale_dtypes:
         raise UsageError(
             f"format {rule.name}: found scale_dtype {spec.scale_dtype}; needed {' or '.join(rule.scale_dtypes)}"
+        )
+
+
+def _check_group(group_size: int, rule: FormatRules, where: str) -> None:
+    if not rule.takes_group(group_size):
+        raise UsageError(
+            f"{where}: found group_size {group_size}; needed one of {', '.join(map(str, rule.group_sizes))}"
         )
 
 
@@ -218,7 +223,7 @@ def _fit_whole_model(
             )
             return replace(spec, group_size=size), [f"group size {size} for the whole model: {cause}"]
     for rule in refused:
-        _check_group(spec.group_size, rule, f"format {rule.name}", advice="or --odd_shapes fit")
+        _check_group(spec.group_size, rule, f"format {rule.name}")
     return spec, []
 
 

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -59,6 +58,15 @@ def write_calibration(file: Path, *, rows: int, seqlen: int, seed: int) -> None:
         if len(found) >= rows:
             break
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in found[:rows]))
+
+
+def measured_once(command: list[str], log: Path) -> Cost:
+    """``measure``, or what it found when an interrupted benchmark ran the same command."""
+    record = log.with_suffix(".json")
+    if not record.exists():
+        cost = measure(command, log)
+        record.write_text(json.dumps(cost._asdict()))
+    return Cost(**json.loads(record.read_text()))
 
 
 def measure(command: list[str], log: Path) -> Cost:
@@ -145,23 +153,26 @@ def run() -> None:
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=None, help="held-out rows to score; all when not given")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "vs-auto-round")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "vs-auto-round",
+                        help="where finished runs are kept; the same command goes on from them")  # fmt: skip
     options = parser.parse_args()
-    shutil.rmtree(options.folder, ignore_errors=True)
-    options.folder.mkdir(parents=True)
+    settings = {name: value for name, value in vars(options).items() if name not in ("folder", "seeds", "rows")}
+    options.folder /= "-".join(f"{name}{value}" for name, value in settings.items())
+    options.folder.mkdir(parents=True, exist_ok=True)
     source = options.folder / "smollm2-dithered"
-    smollm2.save_dithered(source)
+    if not (source / "config.json").exists():
+        smollm2.save_dithered(source)
     print(machine.describe())
     print(f"SmolLM2-135M dithered, W{options.bits} g{options.group_size} sym, {options.iters} iterations, "
           f"{options.nsamples} x {options.seqlen} tokens, batch 8, {options.seeds} seeds", flush=True)  # fmt: skip
     costs: dict[str, list[Cost]] = {"autoround": [], "auto-round": []}
     for seed in range(options.seeds):
         folder = options.folder / f"seed-{seed}"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         data = folder / "calibration.jsonl"
         write_calibration(data, rows=options.nsamples, seqlen=options.seqlen, seed=seed)
         for tool, command in commands(options, source, data, seed, folder).items():
-            costs[tool].append(measure(command, folder / f"{tool}.log"))
+            costs[tool].append(measured_once(command, folder / f"{tool}.log"))
             seconds, gigabytes, _ = costs[tool][-1]
             print(f"seed {seed}: {tool} {seconds:.0f} s, {gigabytes:.2f} GB", flush=True)
     dtype = CPU.compute_dtype()

@@ -1,6 +1,9 @@
 """Tiny random models, recipes for them, and what a run leaves behind."""
 
 import hashlib
+import json
+import shutil
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from transformers import (
 
 from autoround import func
 from autoround.engine import Run, quantize
-from autoround.journal import Journal
+from autoround.journal import MANIFEST, Journal
 from autoround.progress import BlockDone
 from autoround.recipe import Recipe
 
@@ -37,7 +40,6 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_MODERN, tie_word_embeddings=False),
     "llama_tied": LlamaConfig(**_MODERN, tie_word_embeddings=True),
     "llama_3": LlamaConfig(**_MODERN | {"num_hidden_layers": 3}, tie_word_embeddings=False),
-    "llama_odd": LlamaConfig(**_MODERN | {"intermediate_size": 80}, tie_word_embeddings=False),
     "gpt2": GPT2Config(**_IDS, n_embd=64, n_layer=2, n_head=4, n_positions=64),
     # Two functions: sliding and full attention alternate.
     "gemma3": Gemma3TextConfig(
@@ -66,7 +68,7 @@ def rows(*, seed: int = 1, count: int = ROWS, length: int = TOKENS) -> list[list
 
 
 def recipe(folder: Path, preset: str = "default", **settings: Any) -> Recipe:
-    """A recipe of six steps at 2 bits that writes to ``folder / "out"``."""
+    """A recipe of six steps at 2 bits, without clip search, that writes to ``folder / "out"``."""
     own: dict[str, Any] = {
         "bits": 2,
         "group_size": 32,
@@ -78,33 +80,48 @@ def recipe(folder: Path, preset: str = "default", **settings: Any) -> Recipe:
         "device_map": "cpu",
     }
     if preset == "default":
-        own["iters"] = 6
+        own |= {"iters": 6, "clip_search": False}
     return Recipe.preset(preset, **own | settings)
-
-
-def tune(model: PreTrainedModel | Path, folder: Path, preset: str = "default", **settings: Any) -> Run:
-    """A run of which all blocks are done and nothing is exported."""
-    run = quantize(model, recipe(folder, preset, **settings))
-    assert len(list(run)) == len(run.plan.blocks)
-    return run
 
 
 def stopped(model: PreTrainedModel | Path, made: Recipe, *, after: int) -> list[BlockDone]:
     """Start a run and give up after some blocks."""
-    events = iter(quantize(model, made))
-    done = [next(events) for _ in range(after)]
-    events.close()  # type: ignore[attr-defined]
-    return done
+    return list(islice(quantize(model, made), after))
+
+
+def pin(model: PreTrainedModel | Path, made: Recipe, **numerics: Any) -> Recipe:
+    """Let a journal begin that records other numerics than the backend would choose; the recipe, to go on with."""
+    stopped(model, made, after=1)
+    journal = Path(f"{made.output_dir}.journal")
+    manifest = json.loads((journal / MANIFEST).read_text())
+    assert set(numerics) <= set(manifest["numerics"])
+    manifest["numerics"] |= numerics
+    (journal / MANIFEST).write_text(json.dumps(manifest))
+    for name in ("blocks", "activations"):
+        shutil.rmtree(journal / name)
+    return made
+
+
+def tune(
+    model: PreTrainedModel | Path, folder: Path, preset: str = "default", *, dtype: str | None = None, **settings: Any
+) -> Run:
+    """A run of which all blocks are done and nothing is exported; ``dtype`` replaces the backend's choice."""
+    made = recipe(folder, preset, **settings)
+    run = quantize(model, pin(model, made, dtype=dtype) if dtype else made)
+    assert len(list(run)) == len(run.plan.blocks)
+    return run
 
 
 def codes(run: Run) -> dict[str, func.IntCodes]:
-    """The codes that a run has journaled, by layer path."""
+    """The codes that a run has journaled, by layer path in the plan's order."""
     journal = Journal(run.journal_folder, {})
-    return {
+    found = {
         f"{block.path}.{relative}": own
         for index, block in enumerate(run.plan.blocks)
         for relative, own in journal.read_block(index).items()
     }
+    assert set(found) == set(run.plan.specs)
+    return {path: found[path] for path in run.plan.specs}
 
 
 def equal_share(one: dict[str, func.IntCodes], two: dict[str, func.IntCodes]) -> float:

@@ -86,10 +86,11 @@ def test_gptq_needs_one_size_for_the_whole_model(formats: list[str]) -> None:
 def test_a_size_that_no_loader_runs_is_replaced() -> None:
     plan = resolve(QuantSpec(group_size=96), "fit", structure(192), [RULES["auto_gptq"]])
     assert groups(plan) == {"0": 64}
-    assert plan.notes == ("group size 64 for the whole model: auto_gptq takes no other",)
+    assert plan.notes == ("group size 64 for the whole model: auto_gptq does not take 96",)
     assert groups(resolve(QuantSpec(group_size=96), "fit", structure(192), [RULES["auto_round"]])) == {"0": 96}
-    with pytest.raises(UsageError, match="format auto_gptq: found group_size 96; needed one of"):
-        resolve(QuantSpec(group_size=96), "fail", structure(192), [RULES["auto_gptq"]])
+    for odd_shapes, asked in (("keep", 96), ("fail", 96), ("fit", 8)):
+        with pytest.raises(UsageError, match=f"format auto_gptq: found group_size {asked}; needed one of -1, 16, 32"):
+            resolve(QuantSpec(group_size=asked), odd_shapes, structure(192), [RULES["auto_gptq"]])
 
 
 @pytest.mark.parametrize("rules", [FREE, UNIFORM])

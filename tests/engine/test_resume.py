@@ -112,7 +112,9 @@ def test_given_up_between_blocks(after: int, whole: Run, model: PreTrainedModel,
     assert output(run) == output(whole)
 
 
-@pytest.mark.parametrize("settings", [{"momentum": 0.9, "keep": "best"}, {"adam": True}, {"iters": 0, "clip_search": True}])
+@pytest.mark.parametrize(
+    "settings", [{"momentum": 0.9, "keep": "best"}, {"adam": True}, {"iters": 0, "clip_search": True}]
+)
 def test_given_up_with_other_settings(settings: dict[str, Any], model: PreTrainedModel, tmp_path: Path) -> None:
     stopped(model, recipe(tmp_path / "parts", **settings), after=2)
     parts, _ = went_on(model, recipe(tmp_path / "parts", **settings))
@@ -197,7 +199,9 @@ def test_another_run_is_refused_by_what_differs(change: str, model: PreTrainedMo
     stopped(model, recipe(tmp_path), after=1)
     before = hashes(tmp_path)
     run = quantize(changed() if changed else model, recipe(tmp_path, **settings))
-    with pytest.raises(JournalError, match=rf"out\.journal: found the journal of another run.*{difference}.*--overwrite"):
+    with pytest.raises(
+        JournalError, match=rf"out\.journal: found the journal of another run.*{difference}.*--overwrite"
+    ):
         next(iter(run))
     assert hashes(tmp_path) == before
 

@@ -13,13 +13,12 @@ from transformers import AutoTokenizer
 
 import autoround
 from autoround import func
-from autoround.engine import Run, quantize
+from autoround.engine import quantize
 from autoround.errors import FormatError, UsageError
 from autoround.func.types import IntCodes
 from autoround.hub import load
 from autoround.journal import Journal
-from autoround.plan import LayerPlan
-from autoround.progress import BlockDone, Progress
+from autoround.progress import Progress
 from tests.data.words import make_tokenizer, words
 from tests.engine.small import (
     codes,
@@ -32,7 +31,6 @@ from tests.engine.small import (
     recipe,
     replaced,
     rows,
-    stopped,
     tune,
 )
 
@@ -89,13 +87,12 @@ def test_a_folder_and_memory_give_the_same_files(tmp_path: Path) -> None:
 def test_tuning_beats_rounding_to_nearest(name: str, tmp_path: Path) -> None:
     model = make(name)
     plain = tune(model, tmp_path / "rtn", "rtn")
-    tuned = tune(model, tmp_path / "tuned", iters=20, clip_search=False)
+    tuned = tune(model, tmp_path / "tuned", iters=20)
     journal = Journal(tuned.journal_folder, {})
     for index in range(len(tuned.plan.blocks)):
         stats = journal.read_stats(index)
         assert stats["loss_last"] < 0.8 * stats["loss_first"]
     assert divergence(replaced(name, tuned), model) < 0.7 * divergence(replaced(name, plain), model)
-    assert list(codes(tuned)) == list(tuned.plan.specs)
     outside = tuned.plan.layers["lm_head"]
     tied = {"llama": "", "llama_tied": "model.embed_tokens", "gpt2": "transformer.wte", "gemma3": "model.embed_tokens"}
     assert (outside.spec, outside.shape.tied_to) == (None, tied[name])
@@ -129,15 +126,18 @@ def test_opt_rtn_searches_clips_and_takes_no_step(tmp_path: Path) -> None:
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
     model = make()
-    whole = codes(tune(model, tmp_path / "whole", batch_size=4))
-    parts = codes(tune(model, tmp_path / "parts", batch_size=2, gradient_accumulate_steps=2))
-    other = codes(tune(model, tmp_path / "other", batch_size=2))
-    assert equal_share(whole, parts) > 0.98
-    assert equal_share(whole, other) < equal_share(whole, parts)
+    whole, parts, other = (
+        codes(tune(model, tmp_path / str(index), dtype="float32", **settings))
+        for index, settings in enumerate(
+            [{"batch_size": 4}, {"batch_size": 2, "gradient_accumulate_steps": 2}, {"batch_size": 2}]
+        )
+    )
+    assert equal_share(whole, parts) > 0.999
+    assert equal_share(whole, other) < 0.9
 
 
 def test_adam_is_another_optimizer(tmp_path: Path) -> None:
-    model, settings = make(), {"iters": 12, "lr": 0.02, "clip_search": False}
+    model, settings = make(), {"iters": 12, "lr": 0.02}
     adam, sign = (tune(model, tmp_path / str(adam), adam=adam, **settings) for adam in (True, False))
     stats = Journal(adam.journal_folder, {}).read_stats(0)
     assert stats["loss_last"] < 0.9 * stats["loss_first"]
@@ -145,9 +145,9 @@ def test_adam_is_another_optimizer(tmp_path: Path) -> None:
 
 
 def test_the_best_or_the_last_parameters_are_kept(tmp_path: Path) -> None:
-    """Steps so long that the first loss is the lowest: the best parameters are then those the run began with."""
+    """Clips that fall to 0 make the first loss the lowest: the best parameters are then those the run began with."""
     model = make()
-    settings: dict[str, Any] = {"lr": 1.0, "clip_search": False, "batch_size": ROWS_AT_ONCE, "nsamples": ROWS_AT_ONCE}
+    settings: dict[str, Any] = {"lr": 1e-9, "minmax_lr": 10.0}
     best, last = (tune(model, tmp_path / keep, keep=keep, **settings) for keep in ("best", "last"))
     stats = Journal(best.journal_folder, {}).read_stats(0)
     assert stats["loss_best"] == stats["loss_first"] < stats["loss_last"]
@@ -155,9 +155,6 @@ def test_the_best_or_the_last_parameters_are_kept(tmp_path: Path) -> None:
     plain = nearest(model, best)
     assert_same({path: codes(best)[path] for path in first}, {path: plain[path] for path in first})
     assert equal_share(codes(last), plain) < 0.9
-
-
-ROWS_AT_ONCE = 4  # every step sees the same rows
 
 
 def test_equal_runs_are_equal_and_a_seed_makes_another(tmp_path: Path) -> None:
@@ -186,7 +183,9 @@ def test_progress_tells_phases_blocks_and_losses(tmp_path: Path) -> None:
     assert {event.blocks for event in events} == {2}
     first = [event for event in events if event.step == 1]
     assert [event.block for event in first] == [1, 2]
-    assert [event.loss for event in first] == [event.loss_first for event in first] == [each.loss_first for each in done]
+    assert (
+        [event.loss for event in first] == [event.loss_first for event in first] == [each.loss_first for each in done]
+    )
     assert all(event.steps == 6 and event.memory_bytes > 0 for event in first)
     assert all(event.eta_seconds is not None and event.eta_seconds >= 0 for event in first)
     seconds = [event.seconds for event in events]
@@ -228,8 +227,8 @@ def test_more_layouts_can_follow_later(tmp_path: Path) -> None:
 
 
 def test_a_layout_that_cannot_hold_the_plan_is_refused(tmp_path: Path) -> None:
-    run = quantize(make("llama_odd"), recipe(tmp_path, "rtn"))  # rows of 80 take groups of 16
-    needed = "format auto_gptq: model.layers.0.mlp.down_proj: found group_size 16; needed 32 as elsewhere"
+    run = quantize(make(), recipe(tmp_path, "rtn", group_size=64))  # rows of 96 take groups of 32
+    needed = "format auto_gptq: model.layers.0.mlp.down_proj: found group_size 32; needed 64 as elsewhere"
     with pytest.raises(UsageError, match=needed):
         run.export(tmp_path / "later", formats=["auto_gptq"])
     assert list(tmp_path.iterdir()) == []  # known before any work
@@ -310,7 +309,7 @@ def test_the_engine_runs_through_the_functional_tuner(
 ) -> None:
     """Its codes are those of whatever ``tune_block`` returns, and blocks of one structure share one step."""
     probe, model = Probe(monkeypatch), make(name)
-    run = tune(model, tmp_path, clip_search=False)
+    run = tune(model, tmp_path)
     assert_same(codes(run), nearest(model, run))
     assert [probe.made.index(step) for step, _, _ in probe.tuned] == steps
     assert len(probe.made) == len(set(steps))
