@@ -143,7 +143,7 @@ def nearest(model: PreTrainedModel, run: Run) -> dict[str, func.IntCodes]:
 
 
 def replaced(name: str, run: Run, *, kept: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """The model ``make(name)`` with the dequantized codes of a run in place of its weights, the rest cast to a dtype."""
+    """The model ``make(name)`` with the dequantized codes of a run as weights; the rest is cast to a dtype."""
     model, specs = make(name, seed=seed), run.plan.specs
     with torch.no_grad():
         for parameter in model.parameters():

@@ -28,6 +28,7 @@ from tests.engine.small import (
     logits,
     make,
     nearest,
+    pin,
     recipe,
     replaced,
     rows,
@@ -147,7 +148,7 @@ def test_adam_is_another_optimizer(tmp_path: Path) -> None:
 def test_the_best_or_the_last_parameters_are_kept(tmp_path: Path) -> None:
     """Clips that fall to 0 make the first loss the lowest: the best parameters are then those the run began with."""
     model = make()
-    settings: dict[str, Any] = {"lr": 1e-9, "minmax_lr": 10.0}
+    settings: dict[str, Any] = {"lr": 1e-9, "minmax_lr": 10.0, "bits": 4}
     best, last = (tune(model, tmp_path / keep, keep=keep, **settings) for keep in ("best", "last"))
     stats = Journal(best.journal_folder, {}).read_stats(0)
     assert stats["loss_best"] == stats["loss_first"] < stats["loss_last"]
@@ -319,17 +320,20 @@ def test_the_engine_runs_through_the_functional_tuner(
 
 @pytest.mark.slow
 def test_one_compilation_serves_all_blocks(tmp_path: Path) -> None:
-    model = make("llama_3")
-    eager = tune(model, tmp_path / "eager", torch_compile=False)
+    """Beside the step, the clip search compiles what it tries its candidates with."""
+    model, settings = make("llama_3"), {"clip_search": True, "dtype": "float32"}
+    eager = tune(model, tmp_path / "eager", torch_compile=False, **settings)
+    made = pin(model, recipe(tmp_path / "compiled", clip_search=True), dtype="float32", compiled=True)
     torch.compiler.reset()
     counters.clear()
     before = len(compilations())
-    compiled = tune(model, tmp_path / "compiled", torch_compile=True)
+    compiled = quantize(model, made)
+    assert len(list(compiled)) == 3
     names = sorted(str(metrics.co_name) for metrics in compilations()[before:])
-    assert names == ["rounding_errors", "step"]  # the clip search and the step, once each for three blocks
-    assert counters["stats"]["unique_graphs"] == 2
+    assert names == ["rounding_errors", "step"]
+    assert counters["stats"]["unique_graphs"] == len(names)
     assert not counters["graph_break"]
-    assert equal_share(codes(eager), codes(compiled)) > 0.9
+    assert equal_share(codes(eager), codes(compiled)) > 0.95
     for index in range(3):
         ours, theirs = (Journal(run.journal_folder, {}).read_stats(index) for run in (compiled, eager))
-        assert ours["loss_first"] == pytest.approx(theirs["loss_first"], rel=0.1)
+        assert ours["loss_first"] == pytest.approx(theirs["loss_first"], rel=0.05)
