@@ -51,7 +51,7 @@ def run() -> None:
     common = ["--model", str(source), "--scheme", "W4A16", "--group_size", "64"]
     tuning = ["--iters", options.iters, "--nsamples", options.nsamples, "--seqlen", options.seqlen]
     commands = {
-        "default": [*common, *tuning, "--dataset", "python-docs", "--output_dir", str(tuned)],
+        "default": [*common, *tuning, "--batch_size", "4", "--dataset", "python-docs", "--output_dir", str(tuned)],
         "rtn": [*common, "--output_dir", str(rounded)],
     }
     for preset, arguments in commands.items():

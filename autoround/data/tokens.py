@@ -109,9 +109,9 @@ def needs_tokenizer(dataset: Dataset | None) -> bool:
     """Whether a dataset is text rather than rows of token ids."""
     if isinstance(dataset, Tensor):
         return False
-    if dataset is None or isinstance(dataset, str) or len(dataset) == 0:
+    if dataset is None or isinstance(dataset, str):
         return True
-    return not (isinstance(dataset[0], Tensor) or _is_ids(dataset[0]))
+    return len(dataset) > 0 and not (isinstance(dataset[0], Tensor) or _is_ids(dataset[0]))
 
 
 def share_rows(nums: Sequence[int | None], nsamples: int) -> list[int]:

@@ -9,6 +9,9 @@ from autoround.func.grids.int import dequantize as dequantize
 from autoround.func.grids.int import fake_quantize as fake_quantize
 from autoround.func.grids.int import prepare as prepare
 from autoround.func.grids.int import quantize as quantize
+from autoround.func.init import search_clips as search_clips
+from autoround.func.init import search_params as search_params
+from autoround.func.init import second_moments as second_moments
 from autoround.func.optim import Transform as Transform
 from autoround.func.optim import adamw as adamw
 from autoround.func.optim import apply_updates as apply_updates

@@ -33,8 +33,10 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def whole(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run that was not interrupted, exported."""
-    run = tune(model, tmp_path_factory.mktemp("whole"))
+    """A run that was not interrupted, of the model in a folder, exported."""
+    folder = tmp_path_factory.mktemp("whole")
+    model.save_pretrained(folder / "source")
+    run = tune(folder / "source", folder)
     run.export()
     return run
 

@@ -1,0 +1,140 @@
+"""Devices by name, what they choose, and that a run goes on with the choices it began with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from autoround.backends.base import BACKENDS, Numerics, jit, select
+from autoround.backends.cpu import COMPILE_TOKEN_STEPS, CPU, EXPLICIT_ATTENTION_TOKENS
+from autoround.engine import Run, quantize
+from autoround.errors import JournalError, UsageError
+from autoround.journal import MANIFEST
+from tests.engine.small import TOKENS, make, pin, recipe, stopped
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+
+
+def test_the_cpu_by_name() -> None:
+    for name in ("cpu", " CPU "):
+        assert select(name) == (CPU, torch.device("cpu"))
+
+
+@NO_GPU
+def test_auto_is_the_cpu_where_there_is_nothing_else() -> None:
+    assert select("auto") == (CPU, torch.device("cpu"))
+
+
+@NO_GPU
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "0", "7"])
+def test_a_device_that_is_not_there(name: str) -> None:
+    with pytest.raises(
+        UsageError, match=f"device_map: found '{name}', which this machine or build of torch lacks; use"
+    ):
+        select(name)
+
+
+@pytest.mark.parametrize("name", ["tpu", "xpu", "hpu", "", "gpu", "cuda:first", "cpu:x", "-1"])
+def test_names_that_are_no_device(name: str) -> None:
+    with pytest.raises(UsageError, match=f"device_map: found '{name}'; needed auto, cpu, cuda or a CUDA device number"):
+        select(name)
+
+
+@pytest.mark.parametrize("name", ["0,1", "cuda:0,cuda:1", "{'model': 0}"])
+def test_several_devices_come_later(name: str) -> None:
+    with pytest.raises(UsageError, match="needed a single device"):
+        select(name)
+
+
+def test_the_device_is_checked_before_the_model_is_read(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="device_map"):
+        quantize(tmp_path / "no_model", recipe(tmp_path, device_map="tpu"))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_backend_answers_what_the_engine_asks(name: str) -> None:
+    if name != "cpu" and not torch.cuda.is_available():
+        pytest.skip("needs the device")
+    backend, device = select(name)
+    assert backend.name == device.type == name
+    assert backend.compute_dtype() in (torch.float32, torch.bfloat16, torch.float16)
+    assert backend.attention(64) in ("eager", "sdpa")
+    assert backend.memory_bytes() >= 0
+
+
+def test_choices_of_the_cpu() -> None:
+    assert CPU.compute_dtype() in (torch.float32, torch.bfloat16)
+    assert CPU.attention(EXPLICIT_ATTENTION_TOKENS) == "eager"
+    assert CPU.attention(EXPLICIT_ATTENTION_TOKENS + 1) == "sdpa"
+    assert not CPU.compile_helps(COMPILE_TOKEN_STEPS - 1)
+    assert CPU.memory_bytes() > 10**7
+
+
+def test_without_a_compiler_nothing_is_compiled_unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not CPU.compile_helps(10 * COMPILE_TOKEN_STEPS)
+
+
+def test_a_function_is_compiled_on_demand_only() -> None:
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    assert jit(double, enabled=False) is double
+    assert jit(double, enabled=True) is not double
+
+
+def test_numerics_name_a_dtype() -> None:
+    numerics = Numerics(device="cpu", dtype="bfloat16", attention="eager", compiled=False, threads=1)
+    assert numerics.torch_dtype is torch.bfloat16
+
+
+def recorded(run: Run) -> dict[str, Any]:
+    numerics: dict[str, Any] = json.loads((run.journal_folder / MANIFEST).read_text())["numerics"]
+    return numerics
+
+
+def test_choices_are_recorded(tmp_path: Path) -> None:
+    run = quantize(make(), recipe(tmp_path))
+    next(iter(run))
+    assert recorded(run) == {
+        "device": "cpu",
+        "dtype": str(CPU.compute_dtype()).removeprefix("torch."),
+        "attention": CPU.attention(TOKENS),
+        "compiled": False,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def test_compiling_is_recorded_where_there_are_steps(tmp_path: Path) -> None:
+    run = quantize(make(), recipe(tmp_path, "rtn", torch_compile=True))
+    next(iter(run))
+    assert recorded(run)["compiled"] is False
+
+
+def test_recorded_choices_are_used_when_a_run_goes_on(tmp_path: Path) -> None:
+    chosen = {"dtype": "float64", "attention": "sdpa", "threads": torch.get_num_threads() + 1}
+    made = pin(make(), recipe(tmp_path, iters=1), **chosen)
+    run = quantize(make(), made)
+    assert run.model.skeleton.config._attn_implementation == "sdpa"
+    next(iter(run))
+    assert recorded(run) == {**recorded(run), **chosen}
+    assert torch.get_num_threads() == chosen["threads"]
+    with safe_open(run.journal_folder / "activations" / "0.safetensors", framework="pt") as handle:
+        assert {handle.get_tensor(name).dtype for name in handle.keys()} == {torch.float64}  # noqa: SIM118  not a dict
+    assert [done.resumed for done in quantize(make(), made)] == [True, False]
+
+
+def test_a_new_run_chooses_anew(tmp_path: Path) -> None:
+    pin(make(), recipe(tmp_path), dtype="float64")
+    run = quantize(make(), recipe(tmp_path, overwrite=True))
+    next(iter(run))
+    assert recorded(run)["dtype"] == str(CPU.compute_dtype()).removeprefix("torch.")
+
+
+def test_a_run_does_not_go_on_elsewhere(tmp_path: Path) -> None:
+    made = pin(make(), recipe(tmp_path), device="cuda")
+    with pytest.raises(JournalError, match="numerics.device: was 'cuda', now 'cpu'"):
+        stopped(make(), made, after=1)
