@@ -202,7 +202,7 @@ def batch_rows(seed: int, block: int, rows: int, batch_size: int, steps: int) ->
     for step in range(steps):
         epoch, place = divmod(step, per_epoch)
         if place == 0:
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + block) * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed(((seed * 1_000_003 + block) * 1_000_003 + epoch) % 2**63)
             order_N = torch.randperm(rows, generator=generator)
         yield order_N[place * batch_size : (place + 1) * batch_size]
 

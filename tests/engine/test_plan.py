@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoround.errors import UsageError
@@ -181,6 +181,7 @@ SPECS = st.builds(
 ROWS = st.lists(st.integers(1, 40).map(lambda factor: 16 * factor), min_size=1, max_size=4)
 
 
+@settings(deadline=None)
 @given(SPECS, ROWS, RULE_SETS, st.sampled_from(["fit", "keep", "fail"]))
 def test_every_plan_can_be_carried_out(spec: QuantSpec, rows: list[int], rules: list[FormatRules], odd: str) -> None:
     """Groups divide their rows, every format holds the plan, and kept layers say why."""
@@ -200,6 +201,7 @@ def test_every_plan_can_be_carried_out(spec: QuantSpec, rows: list[int], rules: 
         assert {own.group_size for own in plan.specs.values()} == {spec.group_size}
 
 
+@settings(deadline=None)
 @given(st.integers(16, 300), ROWS)
 def test_one_size_for_the_whole_model_is_the_largest_common_one(asked: int, rows: list[int]) -> None:
     plan, common = resolve(QuantSpec(group_size=asked), "fit", structure(*rows), [UNIFORM]), math.gcd(*rows)

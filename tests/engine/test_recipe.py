@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoround.errors import UsageError
@@ -54,6 +54,7 @@ GIVEN = st.fixed_dictionaries({}, optional={
 })  # fmt: skip
 
 
+@settings(deadline=None)
 @given(st.sampled_from(list(PRESETS)), GIVEN)
 def test_what_the_user_gives_wins_and_presets_fill_the_rest(preset: str, settings: dict[str, Any]) -> None:
     recipe = Recipe.preset(preset, **settings)

@@ -126,14 +126,15 @@ def test_opt_rtn_searches_clips_and_takes_no_step(tmp_path: Path) -> None:
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
     model = make()
-    whole, parts, other = (
-        codes(tune(model, tmp_path / str(index), dtype="float32", **settings))
-        for index, settings in enumerate(
-            [{"batch_size": 4}, {"batch_size": 2, "gradient_accumulate_steps": 2}, {"batch_size": 2}]
-        )
-    )
+    settings: list[dict[str, int]] = [
+        {"batch_size": 4}, {"batch_size": 2, "gradient_accumulate_steps": 2}, {"batch_size": 2}
+    ]  # fmt: skip
+    runs = [tune(model, tmp_path / str(index), dtype="float32", **each) for index, each in enumerate(settings)]
+    whole, parts, other = map(codes, runs)
     assert equal_share(whole, parts) > 0.999
     assert equal_share(whole, other) < 0.9
+    losses = [Journal(run.journal_folder, {}).read_stats(0) for run in runs]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_adam_is_another_optimizer(tmp_path: Path) -> None:

@@ -1,0 +1,115 @@
+"""What a block is tuned on, where it starts, and by which optimizer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from autoround import func
+from autoround.backends.base import Numerics
+from autoround.data.tokens import load_calibration
+from autoround.engine import quantize
+from autoround.func.init import search_clips
+from autoround.recipe import Recipe
+from autoround.tuner import BlockTuner, batch_rows, make_optimizer
+from tests.engine.small import ROWS, TOKENS, codes, make, pin, recipe, replaced, rows, tune
+
+FLOAT32 = Numerics(device="cpu", dtype="float32", attention="eager", compiled=False, threads=1)
+
+
+@settings(deadline=None)
+@given(st.integers(-(2**70), 2**70), st.integers(0, 200), st.integers(1, 20), st.integers(1, 8), st.integers(0, 30))
+def test_batches_are_epochs_of_whole_batches(seed: int, block: int, count: int, batch_size: int, steps: int) -> None:
+    """And a function of seed, block and step alone, so that a run that goes on sees the same ones."""
+    batches = [batch.tolist() for batch in batch_rows(seed, block, count, batch_size, steps)]
+    torch.manual_seed(seed % 7)
+    again = [batch.tolist() for batch in batch_rows(seed, block, count, batch_size, steps + 3)]
+    assert batches == again[:steps]
+    assert {len(batch) for batch in batches} <= {min(batch_size, count)}
+    per_epoch = max(count // batch_size, 1)
+    for start in range(0, steps, per_epoch):
+        epoch = [row for batch in batches[start : start + per_epoch] for row in batch]
+        assert len(set(epoch)) == len(epoch)
+        assert set(epoch) <= set(range(count))
+
+
+def test_seeds_blocks_and_epochs_have_orders_of_their_own() -> None:
+    def order(seed: int, block: int, epoch: int) -> tuple[int, ...]:
+        return tuple(list(batch_rows(seed, block, 50, 50, epoch + 1))[epoch].tolist())
+
+    cases = [(seed, block, epoch) for seed in range(4) for block in range(4) for epoch in range(4)]
+    assert len({order(*case) for case in cases}) == len(cases)
+
+
+def updates(made: Recipe, *grads: float, bits: int = 4) -> list[tuple[float, float]]:
+    """What steps with these gradients would change offsets and clips by."""
+    optimizer, one = make_optimizer(made, bits), torch.ones(1)
+    params = {"q_proj": func.RoundingParams(one, one, one)}
+    state, found = optimizer.init(params), []
+    for grad in grads:
+        gradient = {"q_proj": func.RoundingParams(one * grad, one * grad, one * grad)}
+        changes, state = optimizer.update(gradient, state, params)
+        offset, clip_min, clip_max = changes["q_proj"]
+        assert clip_min == clip_max
+        found.append((pytest.approx(offset.item(), rel=1e-4), pytest.approx(clip_min.item(), rel=1e-4)))
+    return found
+
+
+def test_the_recipe_decides_the_optimizer() -> None:
+    assert updates(Recipe(iters=4), 3.0, -2.0, 0.1) == [(-0.25, -0.25), (0.1875, 0.1875), (-0.125, -0.125)]
+    assert updates(Recipe(iters=2, lr=0.5), 1.0, 1.0, 1.0) == [(-0.5, -0.5), (-0.25, -0.25), (0.0, 0.0)]
+    assert updates(Recipe(iters=2, lr=0.5, minmax_lr=0.1), 1.0) == [(-0.5, -0.1)]
+    assert updates(Recipe(iters=1000), 1.0, bits=3) == [(-0.002, -0.002)]
+    assert updates(Recipe(iters=4, momentum=0.9), 3.0, -2.0) == [(-0.25, -0.25), (-0.1875, -0.1875)]
+    assert updates(Recipe(iters=4, adam=True), 3.0) == [(-0.25, -0.25)]
+    assert updates(Recipe(iters=4, adam=True), 3.0, -2.0)[1] != (0.1875, 0.1875)
+
+
+def calibration_order() -> Tensor:
+    """The rows of ``recipe`` in the order in which a run has them."""
+    return load_calibration(rows(), None, nsamples=ROWS, seqlen=TOKENS, batch_size=4, seed=42).tokens_NT
+
+
+def test_the_next_block_is_fed_float_and_quantized_outputs(tmp_path: Path) -> None:
+    model, made = make(), recipe(tmp_path)
+    run = quantize(model, pin(model, made, dtype="float32"))
+    next(iter(run))
+    kept = load_file(run.journal_folder / "activations" / "0.safetensors")
+    list(run)
+    for name, source in (("float_NTD", model), ("quantized_NTD", replaced("llama", run))):
+        with torch.no_grad():
+            outputs = source(input_ids=calibration_order(), output_hidden_states=True).hidden_states[1]
+        torch.testing.assert_close(kept[name], outputs, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(kept["float_NTD"], kept["quantized_NTD"], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_the_clip_search_weighs_channels_by_their_inputs(sym: bool, tmp_path: Path) -> None:
+    model, seen = make(), []
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[::3] *= 20
+    run = tune(model, tmp_path, "opt_rtn", dtype="float32", sym=sym)
+    path = "model.layers.0.self_attn.v_proj"
+    layer, spec = model.get_submodule(path), run.plan.specs[path]
+    hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=calibration_order())
+    hook.remove()
+    prepared, moment_I = func.prepare(layer.weight.detach(), spec), seen[0].square().flatten(0, 1).mean(0)
+    weighted, plain = (func.quantize(prepared, search_clips(prepared, each, spec), spec) for each in (moment_I, None))
+    found = codes(run)[path].scale_OG
+    assert float((found == weighted.scale_OG).float().mean()) > 0.99
+    assert float((found == plain.scale_OG).float().mean()) < 0.9
+
+
+def test_a_block_with_nothing_to_quantize_passes_through(tmp_path: Path) -> None:
+    tuner = BlockTuner(recipe(tmp_path, "rtn"), FLOAT32, torch.device("cpu"), on_step=lambda done, loss: None)
+    block = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    tuned = tuner.tune(0, func.make_block_fn(block), dict(block.state_dict()), {}, None)
+    assert tuned.codes == {}
+    assert len(tuned.losses_K) == 0
+    assert tuned.stream is None
