@@ -1,4 +1,4 @@
-"""What holds for all tests: examples that hypothesis draws are judged by their results, not by a busy machine's clock."""
+"""What holds for all tests: drawn examples are judged by their results, not by the clock of a busy machine."""
 
 from hypothesis import settings
 
