@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from autoround import func
+from autoround import __version__, func
 from autoround.backends.base import Numerics, select
 from autoround.data.tokens import Calibration, load_calibration, needs_tokenizer
 from autoround.errors import AutoRoundError
@@ -190,7 +190,11 @@ class Run:
             "plan": {path: dataclasses.asdict(spec) for path, spec in self.plan.specs.items()},
             "source_sha256": digest((name, source.read(name)) for name in sorted(source.names())),
             "calibration_sha256": digest(iter(tokens)),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "versions": {
+                "autoround": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
             "numerics": dataclasses.asdict(self._numerics),
         }
         return open_journal(folder, manifest, overwrite=self.recipe.overwrite)

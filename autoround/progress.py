@@ -23,7 +23,7 @@ class Progress:
         message: detail of the phase.
     """
 
-    phase: Literal["calibration", "tuning", "export", "verify"]
+    phase: Literal["calibration", "tuning", "export"]
     block: int
     blocks: int
     step: int = 0
@@ -70,7 +70,7 @@ class Meter:
         self._block, self._block_start, self._first_block, self._reported = 0, self._start, 0, 0.0
         self._tuning_start, self._loss_first = self._start, 0.0
 
-    def phase(self, phase: Literal["calibration", "tuning", "export", "verify"], message: str) -> None:
+    def phase(self, phase: Literal["calibration", "tuning", "export"], message: str) -> None:
         """A phase begins."""
         if self._listen is not None:
             self._listen(Progress(phase=phase, block=self._block, blocks=self._blocks, seconds=self._elapsed(),
