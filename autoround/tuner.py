@@ -100,18 +100,20 @@ class BlockTuner:
         weights = func.split_tensors(tensors, specs)
         weights = weights._replace(frozen=_cast(weights.frozen, self._dtype))
         if inputs is None:
-            return Tuned(_quantize(weights, func.init_params(weights.tuned), specs), torch.zeros(0), None)
+            return Tuned(_quantize(weights.tuned, func.init_params(weights.tuned), specs), torch.zeros(0), None)
         float_tensors = _cast(tensors, self._dtype)
         target_NTD = self._forward(block_fn, float_tensors, inputs.template, inputs.stream.float_NTD)
-        params = self._start(block_fn, float_tensors, weights, specs, inputs)
+        fusion = func.fuse(weights.tuned, specs)
+        params = fusion.merge(self._start(block_fn, float_tensors, weights, specs, inputs))
+        weights = weights._replace(tuned=fusion.merge(weights.tuned))
         del float_tensors
-        step, optimizer = self._step(block_fn, specs)
+        step, optimizer = self._step(block_fn, fusion)
         state = func.init_state(params, optimizer, keep_best=self._recipe.keep == "best")
         batches = self._batches(index, inputs, target_NTD)
         result = func.tune_block(
             step, weights, state, batches, on_step=lambda done, loss: self._on_step(done, loss.item)
         )
-        codes = _quantize(weights, result.params, specs)
+        codes = _quantize(fusion.split(weights.tuned), fusion.split(result.params), specs)
         rounded = {f"{path}.weight": func.dequantize(own, specs[path]).to(self._dtype) for path, own in codes.items()}
         quantized = {**weights.frozen, **rounded}
         quantized_NTD = self._forward(block_fn, quantized, inputs.template, inputs.stream.quantized_NTD)
@@ -148,14 +150,15 @@ class BlockTuner:
         errors = self._once("rounding_errors", lambda: init.rounding_errors)
         return init.search_params(weights, moments, specs, errors=errors)
 
-    def _step(self, block_fn: func.BlockFn, specs: Mapping[str, func.QuantSpec]) -> tuple[Any, func.Transform]:
+    def _step(self, block_fn: func.BlockFn, fusion: func.Fusion) -> tuple[Any, func.Transform]:
         """The step over what ``_batches`` yields, and its optimizer."""
+        specs, fused_fn = fusion.specs, fusion.lift(block_fn)
         optimizer = make_optimizer(self._recipe, max((spec.bits for spec in specs.values()), default=4))
-        key = (block_fn.signature, *specs.items())
+        key = (block_fn.signature, *specs.items(), *fusion.members.items())
         if self._recipe.gradient_accumulate_steps == 1:
-            make = partial(func.make_step, block_fn, specs, optimizer, dtype=self._dtype)
+            make = partial(func.make_step, fused_fn, specs, optimizer, dtype=self._dtype)
             return self._once(("step", *key), make), optimizer
-        gradient = self._once(("gradient", *key), partial(func.make_gradient, block_fn, specs, dtype=self._dtype))
+        gradient = self._once(("gradient", *key), partial(func.make_gradient, fused_fn, specs, dtype=self._dtype))
         update = self._once(("update", *key), partial(func.make_update, optimizer))
         return func.accumulate(gradient, update), optimizer
 
@@ -208,10 +211,10 @@ def batch_rows(seed: int, block: int, rows: int, batch_size: int, steps: int) ->
 
 
 def _quantize(
-    weights: func.BlockWeights, params: func.Params, specs: Mapping[str, func.QuantSpec]
+    tuned: Mapping[str, func.Prepared], params: func.Params, specs: Mapping[str, func.QuantSpec]
 ) -> dict[str, func.IntCodes]:
     codes = {}
-    for path, prepared in weights.tuned.items():
+    for path, prepared in tuned.items():
         try:
             codes[path] = func.quantize(prepared, params[path], specs[path])
         except AutoRoundError as error:

@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from autoround.func import optim
-from autoround.func.block import BlockFn
 from autoround.func.grids import int as int_grid
-from autoround.func.types import Batch, BlockWeights, Params, Prepared, TuneState
+from autoround.func.types import Batch, BlockFunction, BlockWeights, Params, Prepared, TuneState
 from autoround.spec import QuantSpec
 
 Specs: TypeAlias = Mapping[str, QuantSpec]
@@ -56,7 +55,9 @@ def block_weights(weights: BlockWeights, params: Params, specs: Specs, dtype: to
     return {**weights.frozen, **tuned}
 
 
-def make_gradient(block_fn: BlockFn, specs: Specs, *, loss: Loss = mse, dtype: torch.dtype = torch.float32) -> Gradient:
+def make_gradient(
+    block_fn: BlockFunction, specs: Specs, *, loss: Loss = mse, dtype: torch.dtype = torch.float32
+) -> Gradient:
     """Build ``(weights, params, batch) -> (gradient, loss)``.
 
     Args:
@@ -100,7 +101,7 @@ def make_update(optimizer: optim.Transform, *, project: Projection = optim.proje
 
 
 def make_step(
-    block_fn: BlockFn,
+    block_fn: BlockFunction,
     specs: Specs,
     optimizer: optim.Transform,
     *,

@@ -5,7 +5,7 @@ Dimension suffixes used all over this package:
     N  samples            B  samples in a batch    T  tokens    D  hidden size
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -88,6 +88,7 @@ class BlockWeights(NamedTuple):
 
 Params: TypeAlias = dict[str, RoundingParams]
 Tensors: TypeAlias = Mapping[str, Tensor]
+BlockFunction: TypeAlias = Callable[[Tensors, Call], Tensor]
 
 
 class TuneState(NamedTuple):

@@ -289,7 +289,7 @@ class Probe:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made: list[Any] = []
-        self.tuned: list[tuple[Any, list[str], int]] = []
+        self.tuned: list[tuple[Any, int, int]] = []
         self._make_step = func.make_step
         monkeypatch.setattr(func, "make_step", self.make_step)
         monkeypatch.setattr(func, "tune_block", self.tune_block)
@@ -300,7 +300,8 @@ class Probe:
 
     def tune_block(self, step: Any, weights: Any, state: Any, batches: Any, *, on_step: Any) -> func.TuneResult:
         del on_step  # nothing to tell
-        self.tuned.append((step, list(weights.tuned), len(list(batches))))
+        (shared,) = weights.tuned.values()
+        self.tuned.append((step, len(shared.weight_OGS), len(list(batches))))
         return func.TuneResult(state.params, torch.zeros(0))
 
 
@@ -314,7 +315,11 @@ def test_the_engine_runs_through_the_functional_tuner(
     assert_same(codes(run), nearest(model, run))
     assert [probe.made.index(step) for step, _, _ in probe.tuned] == steps
     assert len(probe.made) == len(set(steps))
-    assert [paths for _, paths, _ in probe.tuned] == [list(block.specs) for block in run.plan.blocks]
+    sizes = [
+        sum(own.scale_OG.numel() for own in journaled.values())
+        for journaled in map(Journal(run.journal_folder, {}).read_block, range(3))
+    ]
+    assert [groups for _, groups, _ in probe.tuned] == sizes  # one shared tensor for all layers
     assert [count for _, _, count in probe.tuned] == [6, 6, 6]
 
 
