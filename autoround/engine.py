@@ -137,6 +137,7 @@ class Run:
             for _ in self:
                 pass
         assert self._journal is not None
+        self._backend.release_memory()
         folders = tuple(output if len(names) == 1 else output / name.replace(":", "_") for name in names)
         for name, folder in zip(names, folders, strict=True):
             self._meter.phase("export", f"{name} in {folder}")

@@ -69,6 +69,7 @@ class Meter:
         self._start = time.monotonic()
         self._block, self._block_start, self._first_block, self._reported = 0, self._start, 0, 0.0
         self._tuning_start, self._loss_first = self._start, 0.0
+        self._pace_start: float | None = None
 
     def phase(self, phase: Literal["calibration", "tuning", "export"], message: str) -> None:
         """A phase begins."""
@@ -92,16 +93,21 @@ class Meter:
         now = time.monotonic()
         if step == 1:
             self._tuning_start, self._loss_first, self._reported = now, loss(), 0.0
+        if self._pace_start is None:
+            self._pace_start = now
         if self._listen is None or now - self._reported < REPORT_SECONDS:
             return
         self._reported = now
-        done = self._block - self._first_block - 1 + step / max(self._steps, 1)
         rate = (step - 1) * tokens / (now - self._tuning_start) if step > 1 else None
         self._listen(Progress(
             phase="tuning", block=self._block, blocks=self._blocks, step=step, steps=self._steps,
             loss_first=self._loss_first, loss=loss(), tokens_per_second=rate, seconds=self._elapsed(),
-            eta_seconds=self._elapsed() / done * (self._blocks - self._first_block - done),
-            memory_bytes=self._memory()))  # fmt: skip
+            eta_seconds=self._eta(step, now - self._pace_start), memory_bytes=self._memory()))  # fmt: skip
+
+    def _eta(self, step: int, seconds: float) -> float | None:
+        """Time left by the pace since this run's first step, which may have been slow: it waits for the compiler."""
+        done = self._block - self._first_block - 1 + (step - 1) / max(self._steps, 1)
+        return seconds / done * (self._blocks - self._first_block - done) if done else None
 
     def end(self, index: int, path: str, stats: Mapping[str, float]) -> BlockDone:
         """A block is finished."""

@@ -61,6 +61,10 @@ class Backend(Protocol):
         """Memory this process holds on the device, in bytes."""
         ...
 
+    def release_memory(self) -> None:
+        """Hand memory that was freed back to the system."""
+        ...
+
 
 BACKENDS: Mapping[str, str] = {
     "cpu": "autoround.backends.cpu:CPU",

@@ -1,5 +1,7 @@
 """NVIDIA GPUs through torch.cuda (ROCm builds of torch answer to the same name)."""
 
+import gc
+
 import torch
 
 COMPILE_TOKEN_STEPS = 10_000_000
@@ -30,6 +32,11 @@ class CudaBackend:
     def memory_bytes(self) -> int:
         """Memory that torch holds on the current GPU."""
         return torch.cuda.memory_allocated()
+
+    def release_memory(self) -> None:
+        """Empty torch's cache of freed memory."""
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 CUDA = CudaBackend()

@@ -1,6 +1,7 @@
 """Devices by name, what they choose, and that a run goes on with the choices it began with."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def test_every_backend_answers_what_the_engine_asks(name: str) -> None:
     assert backend.compute_dtype() in (torch.float32, torch.bfloat16, torch.float16)
     assert backend.attention(64) in ("eager", "sdpa")
     assert backend.memory_bytes() >= 0
+    backend.release_memory()
 
 
 def test_choices_of_the_cpu() -> None:
@@ -71,6 +73,17 @@ def test_choices_of_the_cpu() -> None:
     assert CPU.attention(EXPLICIT_ATTENTION_TOKENS + 1) == "sdpa"
     assert not CPU.compile_helps(COMPILE_TOKEN_STEPS - 1)
     assert CPU.memory_bytes() > 10**7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc's allocator")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    pieces = [torch.ones(25_000) for _ in range(2000)]  # 200 MB in pieces that the allocator does not map one by one
+    keep = pieces[::50]
+    del pieces
+    before = CPU.memory_bytes()
+    CPU.release_memory()
+    assert before - CPU.memory_bytes() > 100e6
+    assert float(keep[-1].sum()) == 25_000
 
 
 def test_without_a_compiler_nothing_is_compiled_unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

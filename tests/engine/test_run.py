@@ -188,7 +188,9 @@ def test_progress_tells_phases_blocks_and_losses(tmp_path: Path) -> None:
         [event.loss for event in first] == [event.loss_first for event in first] == [each.loss_first for each in done]
     )
     assert all(event.steps == 6 and event.memory_bytes > 0 for event in first)
-    assert all(event.eta_seconds is not None and event.eta_seconds >= 0 for event in first)
+    assert first[0].eta_seconds is None  # no pace is known yet
+    assert first[1].eta_seconds is not None
+    assert first[1].eta_seconds > 0
     seconds = [event.seconds for event in events]
     assert seconds == sorted(seconds)
     assert [(each.index, each.path, each.resumed) for each in done] == [
