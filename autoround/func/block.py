@@ -77,14 +77,23 @@ def linear_paths(block: nn.Module) -> tuple[str, ...]:
 
 
 def block_tensors(block: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer of a block by name, linear weights as (O, I)."""
+    """Every parameter and buffer of a block by name, linear weights as (O, I).
+
+    >>> {name: tuple(tensor.shape) for name, tensor in block_tensors(nn.Sequential(nn.Linear(4, 2))).items()}
+    {'0.weight': (2, 4), '0.bias': (2,)}
+    """
     conv = {f"{path}.weight" for path, module in block.named_modules() if _is_conv1d(module)}
     own = {**dict(block.named_parameters()), **dict(block.named_buffers())}
     return {name: tensor.detach().mT if name in conv else tensor.detach() for name, tensor in own.items()}
 
 
 def split_weights(block: nn.Module, specs: Mapping[str, QuantSpec]) -> BlockWeights:
-    """Separate the weights to tune from the rest of a block's tensors; see ``split_tensors``."""
+    """Separate the weights to tune from the rest of a block's tensors; see ``split_tensors``.
+
+    >>> weights = split_weights(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2)), {"0": QuantSpec(group_size=4)})
+    >>> list(weights.tuned), list(weights.frozen)
+    (['0'], ['0.bias', '1.weight', '1.bias'])
+    """
     return split_tensors(block_tensors(block), specs)
 
 

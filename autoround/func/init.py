@@ -71,7 +71,14 @@ def search_params(
     *,
     errors: Errors | None = None,
 ) -> Params:
-    """``search_clips`` for every weight of a block; layers without moments weigh all their channels alike."""
+    """``search_clips`` for every weight of a block; layers without moments weigh all their channels alike.
+
+    >>> from autoround.func.block import split_tensors
+    >>> specs = {"up": QuantSpec(bits=2, group_size=4)}
+    >>> weights = split_tensors({"up.weight": torch.tensor([[1.0, 2.0, 3.0, 4.0]])}, specs)
+    >>> search_params(weights, {}, specs)["up"].offset_OGS.tolist()
+    [[[0.0, 0.0, 0.0, 0.0]]]
+    """
     return {
         path: search_clips(prepared, moments.get(path), specs[path], errors=errors)
         for path, prepared in weights.tuned.items()
@@ -116,7 +123,13 @@ def search_clips(
 
 
 def rounding_errors(weight_NS: Tensor, scale_KN: Tensor, zero_KN: Tensor, moment_NS: Tensor, spec: QuantSpec) -> Tensor:
-    """Weighted squared error of N groups rounded with each of K scales and zero points, (K, N)."""
+    """Weighted squared error of N groups rounded with each of K scales and zero points, (K, N).
+
+    >>> weight_NS, moment_NS = torch.tensor([[0.5, 2.0]]), torch.tensor([[4.0, 1.0]])
+    >>> scale_KN, zero_KN = torch.tensor([[1.0], [0.5]]), torch.tensor([[2.0], [2.0]])
+    >>> rounding_errors(weight_NS, scale_KN, zero_KN, moment_NS, QuantSpec(bits=2)).tolist()
+    [[2.0], [2.25]]
+    """
     q_KNS = int_grid.round_codes(weight_NS, 0.0, scale_KN, zero_KN, spec)
     error_KNS = scale_KN.unsqueeze(-1) * (q_KNS - zero_KN.unsqueeze(-1)) - weight_NS
     return (error_KNS.square() * moment_NS).sum(-1)

@@ -169,7 +169,12 @@ def adamw(
 
 
 def by_field(params: Params) -> dict[str, RoundingParams]:
-    """Label each leaf of ``Params``: "offset" or "clip"."""
+    """Label each leaf of ``Params``: "offset" or "clip".
+
+    >>> zero = torch.zeros(1)
+    >>> by_field({"up": RoundingParams(zero, zero, zero)})["up"]
+    RoundingParams(offset_OGS='offset', clip_min_OG='clip', clip_max_OG='clip')
+    """
     labels = RoundingParams("offset", "clip", "clip")  # type: ignore[arg-type]
     return dict.fromkeys(params, labels)
 
@@ -214,7 +219,11 @@ def partition(transforms: Mapping[str, Transform], label: Callable[[Any], Any]) 
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
-    """``params + updates``, leaf by leaf."""
+    """``params + updates``, leaf by leaf.
+
+    >>> apply_updates({"x": torch.tensor(1.0)}, {"x": torch.tensor(-0.25)})["x"].item()
+    0.75
+    """
     return tree_map(torch.add, params, updates)
 
 

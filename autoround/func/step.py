@@ -31,12 +31,22 @@ def mse(output_BTD: Tensor, target_BTD: Tensor, valid_BT: Tensor) -> Tensor:
 
 
 def init_params(tuned: Mapping[str, Prepared]) -> Params:
-    """Round-to-nearest parameters for every weight of a block."""
+    """Round-to-nearest parameters for every weight of a block.
+
+    >>> prepared = int_grid.prepare(torch.ones(2, 4), QuantSpec(group_size=4))
+    >>> init_params({"up": prepared})["up"].clip_min_OG.tolist()
+    [[1.0], [1.0]]
+    """
     return {path: int_grid.init(prepared) for path, prepared in tuned.items()}
 
 
 def init_state(params: Params, optimizer: optim.Transform, *, keep_best: bool = True) -> TuneState:
-    """State before the first step; with ``keep_best=False`` no second copy of the parameters is carried."""
+    """State before the first step; with ``keep_best=False`` no second copy of the parameters is carried.
+
+    >>> state = init_state({}, optim.signsgd(optim.constant(0.1)), keep_best=False)
+    >>> state.best_loss.item(), state.step.item()
+    (inf, 0)
+    """
     device = next(iter(params.values())).offset_OGS.device if params else None
     return TuneState(
         params=params,
@@ -49,7 +59,15 @@ def init_state(params: Params, optimizer: optim.Transform, *, keep_best: bool = 
 
 
 def block_weights(weights: BlockWeights, params: Params, specs: Specs, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All tensors of a block by name, the tuned ones fake-quantized and cast to the compute dtype."""
+    """All tensors of a block by name, the tuned ones fake-quantized and cast to the compute dtype.
+
+    >>> specs = {"up": QuantSpec(bits=2, group_size=2)}
+    >>> prepared = int_grid.prepare(torch.tensor([[-2.0, 0.9]]), specs["up"])
+    >>> weights = BlockWeights({"up": prepared}, {"up.bias": torch.ones(1)})
+    >>> tensors = block_weights(weights, init_params(weights.tuned), specs, torch.bfloat16)
+    >>> tensors["up.weight"].tolist(), tensors["up.bias"].tolist()
+    ([[-2.0, 1.0]], [1.0])
+    """
     tuned = {f"{path}.weight": int_grid.fake_quantize(prepared, params[path], specs[path]).to(dtype)
              for path, prepared in weights.tuned.items()}  # fmt: skip
     return {**weights.frozen, **tuned}
@@ -65,6 +83,16 @@ def make_gradient(
         specs: module path relative to the block -> how its weight is stored.
         loss: (output_BTD, target_BTD, valid_BT) -> 0-d tensor.
         dtype: in which the block computes; parameters and gradients are float32 whatever it is.
+
+    >>> from autoround.func.block import make_block_fn, split_weights
+    >>> from autoround.func.types import Call
+    >>> block, specs = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False)), {"0": QuantSpec(bits=2, group_size=2)}
+    >>> _ = block[0].weight.data.copy_(torch.tensor([[1.0, -0.4]]))
+    >>> weights, x = split_weights(block, specs), torch.ones(1, 1, 2)
+    >>> batch = Batch(Call((x,), {}), block(x).detach(), torch.ones(1, 1, dtype=torch.bool))
+    >>> grads, value = make_gradient(make_block_fn(block), specs)(weights, init_params(weights.tuned), batch)
+    >>> round(value.item(), 4), [round(own, 4) for own in grads["0"].offset_OGS.flatten().tolist()]
+    (0.01, [0.1, 0.1])
     """
 
     def gradient(weights: BlockWeights, params: Params, batch: Batch) -> tuple[Params, Tensor]:
@@ -86,6 +114,12 @@ def make_update(optimizer: optim.Transform, *, project: Projection = optim.proje
     Args:
         optimizer: any ``Transform`` over the parameters.
         project: params -> params, puts them back where they may be after each update.
+
+    >>> prepared = int_grid.prepare(torch.tensor([[1.0, -0.4]]), QuantSpec(bits=2, group_size=2))
+    >>> params, optimizer = init_params({"0": prepared}), optim.signsgd(optim.constant(0.2))
+    >>> state = make_update(optimizer)(init_state(params, optimizer), params, torch.tensor(3.0))
+    >>> round(state.params["0"].clip_max_OG.item(), 2), state.best_loss.item(), state.step.item()
+    (0.8, 3.0, 1)
     """
 
     def update(state: TuneState, grads: Params, value: Tensor) -> TuneState:
@@ -152,6 +186,19 @@ def accumulate(
     Args:
         gradient: from ``make_gradient``, compiled or not.
         update: from ``make_update``, compiled or not.
+
+    >>> from autoround.func.block import make_block_fn, split_weights
+    >>> from autoround.func.types import Call
+    >>> block, specs = torch.nn.Sequential(torch.nn.Linear(8, 8)), {"0": QuantSpec(bits=2, group_size=8)}
+    >>> weights, optimizer = split_weights(block, specs), optim.signsgd(optim.constant(0.1))
+    >>> x, valid = torch.ones(2, 4, 8), torch.ones(2, 4, dtype=torch.bool)
+    >>> batch = Batch(Call((x,), {}), block(x).detach(), valid)
+    >>> parts = [Batch(Call((x[row],), {}), batch.target_BTD[row], valid[row]) for row in ([0], [1])]
+    >>> gradient, state = make_gradient(make_block_fn(block), specs), init_state(init_params(weights.tuned), optimizer)
+    >>> _, whole = make_step(make_block_fn(block), specs, optimizer)(weights, state, batch)
+    >>> _, summed = accumulate(gradient, make_update(optimizer))(weights, state, parts)
+    >>> torch.allclose(whole, summed)
+    True
     """
 
     def step(weights: BlockWeights, state: TuneState, batches: list[Batch]) -> tuple[TuneState, Tensor]:

@@ -43,6 +43,13 @@ def tune_block(
 
     Raises:
         ModelError: a loss is NaN or infinite.
+
+    >>> def step(weights, state, batch):
+    ...     return state._replace(params={"up": batch}), torch.tensor(float(batch))
+    >>> state = TuneState({"up": 0}, (), {}, torch.tensor(torch.inf), torch.tensor(0))
+    >>> result = tune_block(step, BlockWeights({}, {}), state, [3, 2, 1])
+    >>> result.params, result.losses_K.tolist()
+    ({'up': 1}, [3.0, 2.0, 1.0])
     """
     losses = []
     for index, batch in enumerate(batches, start=1):

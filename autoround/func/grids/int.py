@@ -59,7 +59,11 @@ def init(prepared: Prepared) -> RoundingParams:
 
 
 def bounds() -> tuple[RoundingParams, RoundingParams]:
-    """Lower and upper bound of every field of ``RoundingParams``, as floats."""
+    """Lower and upper bound of every field of ``RoundingParams``, as floats.
+
+    >>> bounds()[1]
+    RoundingParams(offset_OGS=0.5, clip_min_OG=1.0, clip_max_OG=1.0)
+    """
     lower, upper = zip(OFFSET_RANGE, CLIP_RANGE, CLIP_RANGE, strict=True)
     return RoundingParams(*lower), RoundingParams(*upper)  # type: ignore[arg-type]
 
@@ -140,6 +144,12 @@ def scale_and_zero(prepared: Prepared, params: RoundingParams, spec: QuantSpec) 
 
     Returns:
         (scale_OG, zero_OG), float32 both.
+
+    >>> prepared = prepare(torch.tensor([[-1.0, 2.0]]), QuantSpec(bits=2, group_size=2, sym=False))
+    >>> [each.item() for each in scale_and_zero(prepared, init(prepared), QuantSpec(bits=2, group_size=2, sym=False))]
+    [1.0, 1.0]
+    >>> [each.item() for each in scale_and_zero(prepared, init(prepared), QuantSpec(bits=2, group_size=2, sym=True))]
+    [-1.0, 2.0]
     """
     lo_OG = prepared.lo_OG * params.clip_min_OG
     hi_OG = prepared.hi_OG * params.clip_max_OG
@@ -156,7 +166,12 @@ def scale_and_zero(prepared: Prepared, params: RoundingParams, spec: QuantSpec) 
 def round_codes(
     weight_OGS: Tensor, offset_OGS: Tensor | float, scale_OG: Tensor, zero_OG: Tensor, spec: QuantSpec
 ) -> Tensor:
-    """``clamp(round(w / scale + offset) + zero, 0, 2**bits - 1)``, integers as floats (O, G, S), straight-through."""
+    """``clamp(round(w / scale + offset) + zero, 0, 2**bits - 1)``, integers as floats (O, G, S), straight-through.
+
+    >>> scale_OG, zero_OG = torch.tensor([[0.5]]), torch.tensor([[2.0]])
+    >>> round_codes(torch.tensor([[[-9.0, 0.2, 0.3]]]), 0.0, scale_OG, zero_OG, QuantSpec(bits=2)).tolist()
+    [[[0.0, 2.0, 3.0]]]
+    """
     steps_OGS = weight_OGS / scale_OG.unsqueeze(-1) + offset_OGS
     return (_round_ste(steps_OGS) + zero_OG.unsqueeze(-1)).clamp(0, spec.code_max)
 
