@@ -28,7 +28,7 @@ from autoround.tuner import BlockTuner, Inputs, Stream
 
 # Settings that decide no code by themselves: what they stand for is in the manifest in another form, or nothing is.
 FREE_SETTINGS = frozenset({
-    "model", "revision", "cache_dir", "trust_remote_code", "dataset", "format", "output_dir", "overwrite",
+    "model", "revision", "cache_dir", "token", "trust_remote_code", "dataset", "format", "output_dir", "overwrite",
     "max_shard_size", "model_dtype", "device_map", "low_gpu_mem_usage", "torch_compile",
 })  # fmt: skip
 
@@ -83,6 +83,7 @@ class Run:
             model,
             revision=recipe.revision,
             cache_dir=recipe.cache_dir,
+            token=recipe.token,
             trust_remote_code=recipe.trust_remote_code,
             tokenizer=tokenizer,
             attn_implementation=attention,

@@ -26,10 +26,11 @@ def _option(
     *flags: str,
     off_flags: tuple[str, ...] = (),
     choices: tuple[str, ...] = (),
+    secret: bool = False,
 ) -> Any:
-    """A field with its flags: the field's own name is always one of them."""
+    """A field with its flags: the field's own name is always one of them; a secret is not printed."""
     option = Option(help=help, group=group, flags=flags, off_flags=off_flags, choices=choices)
-    return field(default=default, metadata=option)
+    return field(default=default, metadata=option, repr=not secret)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,9 @@ class Recipe:
     model: str = _option("", "hub name, folder or .gguf file", "model", "model_name", "model_name_or_path")
     revision: str | None = _option(None, "branch, tag or commit of a hub model", "model")
     cache_dir: str | None = _option(None, "where hub downloads are kept", "model")
+    token: str | None = _option(
+        None, "for private and gated hub models; HF_TOKEN or `hf auth login` when unset", "model", "hf_token",
+        secret=True)
     model_dtype: str | None = _option(
         None, "dtype of the weights that stay unquantized; the checkpoint's own when unset", "model",
         choices=tuple(SCALE_DTYPES))

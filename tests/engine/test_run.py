@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 import autoround
 from autoround import func
 from autoround.engine import quantize
-from autoround.errors import FormatError, UsageError
+from autoround.errors import FormatError, ModelError, UsageError
 from autoround.func.types import IntCodes
 from autoround.hub import load
 from autoround.journal import Journal
@@ -99,6 +99,29 @@ def test_tuning_beats_rounding_to_nearest(name: str, tmp_path: Path) -> None:
 
 
 # Settings
+
+
+def test_where_a_hub_model_is_found_is_asked_as_the_recipe_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def refuse(model: str, **settings: Any) -> None:
+        asked.update(settings, model=model)
+        raise ModelError("asked")
+
+    monkeypatch.setattr("autoround.engine.open_model", refuse)
+    where = {"revision": "v2", "cache_dir": "cache", "token": "hf_secret", "trust_remote_code": True}
+    made = recipe(tmp_path, **where)
+    with pytest.raises(ModelError, match="asked"):
+        quantize("org/private", made)
+    assert asked | where | {"model": "org/private"} == asked
+    assert "hf_secret" not in repr(made)
+
+
+def test_a_token_is_not_kept(tmp_path: Path) -> None:
+    run = tune(make(), tmp_path, "rtn", token="hf_secret")
+    assert "hf_secret" not in (run.journal_folder / "manifest.json").read_text()
 
 
 def test_nearest_needs_no_data_and_no_steps(tmp_path: Path) -> None:
