@@ -11,6 +11,8 @@ import contextlib
 import json
 import os
 import random
+import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,6 +36,7 @@ ROOT = Path(__file__).parents[1]
 CLIENT = Path(os.environ.get("AUTOROUND_CLIENT_VENV") or ROOT / ".venv-clients") / "bin" / "python"
 BOOTSTRAPS = 2000
 POLL_SECONDS = 0.05
+BLOCK_SECONDS = re.compile(r"^block \d+/\d+ .*?  ([\d.]+) s", re.MULTILINE)
 
 
 class Cost(NamedTuple):
@@ -91,6 +94,12 @@ def measure(command: list[str], log: Path) -> Cost:
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: failed; see {log}")
     return Cost(seconds, own / 1e9, tree / 1e9)
+
+
+def compilation_seconds(log: Path) -> float:
+    """What the first block of one of our runs took beyond the median of the others."""
+    first, *others = (float(seconds) for seconds in BLOCK_SECONDS.findall(log.read_text()))
+    return first - statistics.median(others)
 
 
 def _rss(process: psutil.Process) -> int:
@@ -188,6 +197,9 @@ def run() -> None:
     print(f"logits of all models in {dtype}")
     print(f"held-out: {rows_NT.shape[0] * (rows_NT.shape[1] - 1)} predicted tokens of Python documentation")
     report(costs, scores)
+    logs = [options.folder / f"seed-{seed}" / "autoround.log" for seed in range(options.seeds)]
+    compiled = " ".join(f"{compilation_seconds(log):.0f}" for log in logs)
+    print(f"   autoround: of that, {compiled} s for compiling, once in a run, with a cold cache")
 
 
 if __name__ == "__main__":
