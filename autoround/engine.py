@@ -13,15 +13,15 @@ from autoround import __version__, func
 from autoround.backends.base import Numerics, select
 from autoround.data.tokens import Calibration, load_calibration, needs_tokenizer
 from autoround.errors import AutoRoundError
-from autoround.formats.contents import Contents
-from autoround.formats.registry import get_format, rules
-from autoround.formats.writer import check_folder, parse_size, write_checkpoint
+from autoround.export import Target, origin, write_formats
+from autoround.formats.registry import rules
+from autoround.formats.writer import check_folder, parse_size
 from autoround.journal import MANIFEST, Journal, digest, open_journal, read_manifest
 from autoround.model.blocks import structure
 from autoround.model.capture import CallTemplate, capture
 from autoround.model.load import open_model
 from autoround.model.read import read_block
-from autoround.plan import Plan, check_format, resolve
+from autoround.plan import Plan, resolve
 from autoround.progress import BlockDone, Meter, Progress
 from autoround.recipe import Recipe
 from autoround.tuner import BlockTuner, Inputs, Stream
@@ -92,6 +92,9 @@ class Run:
         self._numerics = self._choose_numerics(attention, recorded)
         self._meter = Meter(len(self.plan.blocks), recipe.iters, self._backend.memory_bytes, on_progress)
         self._journal: Journal | None = None
+        self._origin = origin(
+            model, revision=recipe.revision, cache_dir=recipe.cache_dir, trust_remote_code=recipe.trust_remote_code
+        )
 
     @property
     def journal_folder(self) -> Path:
@@ -129,28 +132,27 @@ class Run:
         Raises:
             AutoRoundError: a format cannot hold the codes, or a written file does not read back as the codes.
         """
-        output, names = Path(output_dir or self._output), tuple(formats or self.recipe.format)
-        for name in names:
-            check_format(self.plan, rules(name))
-        overwrite = self.recipe.overwrite or output == self._output
-        check_folder(output, overwrite=overwrite)
+        recipe, output = self.recipe, Path(output_dir or self._output)
+        target = Target(
+            folder=output,
+            formats=tuple(formats or recipe.format),
+            dtype=recipe.model_dtype,
+            max_shard_size=recipe.max_shard_size,
+            overwrite=recipe.overwrite or output == self._output,
+        )
+        target.check(self.plan)
         if self._journal is None or self._journal.finished() < len(self.plan.blocks):
             for _ in self:
                 pass
         assert self._journal is not None
         self._backend.release_memory()
-        folders = tuple(output if len(names) == 1 else output / name.replace(":", "_") for name in names)
-        for name, folder in zip(names, folders, strict=True):
-            self._meter.phase("export", f"{name} in {folder}")
-            contents = Contents(
-                model=self.model,
-                plan=self.plan,
-                codes=self._journal.read_block,
-                form=get_format(name),
-                dtype=self.recipe.model_dtype or ("float16" if self.model.gguf_file else None),
-            )
-            write_checkpoint(contents, folder, max_shard_size=self.recipe.max_shard_size, overwrite=overwrite)
-        return folders
+        return write_formats(
+            self.model,
+            self.plan,
+            self._journal.read_block,
+            target,
+            on_format=lambda name, folder: self._meter.phase("export", f"{name} in {folder}"),
+        )
 
     def _choose_numerics(self, attention: str, recorded: Mapping[str, Any]) -> Numerics:
         """The backend's choices, or those recorded by the run that this one continues."""
@@ -189,6 +191,8 @@ class Run:
         settings = dataclasses.asdict(self.recipe)
         manifest = {
             "recipe": {name: value for name, value in settings.items() if name not in FREE_SETTINGS},
+            "origin": self._origin,
+            "spec": dataclasses.asdict(self.plan.spec),
             "plan": {path: dataclasses.asdict(spec) for path, spec in self.plan.specs.items()},
             "source_sha256": digest((name, source.read(name)) for name in sorted(source.names())),
             "calibration_sha256": digest(iter(tokens)),

@@ -4,7 +4,7 @@ Which layers are packed, their bits, group sizes and scale dtypes are read from 
 the quantization config only decides how zero points are stored.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,13 +19,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from autoround.errors import FormatError, ModelError
-from autoround.formats.packed import PackedLinear
+from autoround.formats.packed import PackedLinear, StoredLinear
+from autoround.formats.stored import METHODS, Stored, stored
 from autoround.model.names import match_names
-from autoround.spec import BITS
-
-# Packings of quant_method "auto-round" -> what is subtracted from zero points in the file.
-ZERO_OFFSETS = {"auto_round:auto_gptq": 1, "auto_round:gptq": 1, "auto_round": 0, "auto_round:gptqmodel": 0}
-_PACKED_TENSORS = ("qweight", "qzeros", "scales")
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -39,6 +35,7 @@ class PackedQuantizer(HfQuantizer):
     """Replaces the layers whose packed tensors a checkpoint holds by ``PackedLinear``."""
 
     requires_calibration = True  # transformers' name for: reads quantized checkpoints, makes none
+    _repacked = False
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, *, checkpoint_files: Iterable[str | Path] | None = None, **kwargs: Any
@@ -46,14 +43,14 @@ class PackedQuantizer(HfQuantizer):
         del kwargs  # transformers passes more than is needed
         files = [Path(file) for file in checkpoint_files or ()]
         where = str(files[0].parent) if files else "model"
-        offset = zero_offset(self.quantization_config.to_dict(), where)
-        tensors = _packed_tensors(files)
+        layout = stored(self.quantization_config.to_dict(), where)
+        tensors = _packed_tensors(files, layout)
         if not tensors:
-            raise FormatError(f"{where}: found no packed layers; needed tensors named qweight, qzeros and scales")
+            raise FormatError(f"{where}: found no packed layers; needed tensors named {', '.join(layout.needed)}")
         names = match_names(model, (f"{key}.weight" for key in tensors), where)
         for name, key in names.items():
             path = name.removesuffix(".weight")
-            layer = _packed_layer(model.get_submodule(path), tensors[key.removesuffix(".weight")], offset, path)
+            layer = _layer(model.get_submodule(path), tensors[key.removesuffix(".weight")], layout, path)
             model.set_submodule(path, layer)
             # Keeps transformers from initializing weights that are no longer there, which some parents do by name.
             for module in (layer, model.get_submodule(path.rpartition(".")[0])):
@@ -61,11 +58,12 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         del kwargs
-        for module in model.modules():
-            if isinstance(module, PackedLinear) and module.g_idx is not None:
-                group = module.in_features // module.groups
-                columns = torch.arange(module.in_features, device=module.g_idx.device)
-                module.reordered = not torch.equal(module.g_idx, (columns // group).int())
+        for path, module in list(model.named_modules()):
+            if isinstance(module, StoredLinear):
+                self._repacked = True
+                model.set_submodule(path, module.packed())
+            elif isinstance(module, PackedLinear):
+                module.check_order()
         return model
 
     @property
@@ -73,7 +71,7 @@ class PackedQuantizer(HfQuantizer):
         return False
 
     def is_serializable(self) -> bool:
-        return True
+        return not self._repacked
 
 
 class Registration:
@@ -109,7 +107,7 @@ def register(methods: tuple[str, ...] = ("auto-round",)) -> Registration:
     """Make ``from_pretrained`` load these quantization methods with this package in place of the ones it knows.
 
     Args:
-        methods: values of ``quant_method``: "auto-round", "gptq" or both.
+        methods: values of ``quant_method``, out of "auto-round", "gptq", "awq" and "compressed-tensors".
 
     Returns:
         What undoes it. Registrations end in the reverse order of their beginnings.
@@ -133,7 +131,7 @@ def load(
     """Load a quantized or ordinary checkpoint for inference.
 
     Args:
-        path: folder or hub name of an ``auto_round``, ``auto_gptq`` or ``fake`` checkpoint.
+        path: folder or hub name of a checkpoint in any layout of this package.
         dtype: of activations and unquantized weights; the checkpoint's own when not given.
         device: the CPU when not given.
         trust_remote_code: run Python code that comes with the model.
@@ -145,7 +143,7 @@ def load(
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ModelError(f"{path}: found no config.json; needed a folder written by auto-round or by transformers")
     try:
-        with register(("auto-round", "gptq")):
+        with register(METHODS):
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype or "auto", device_map=device, trust_remote_code=trust_remote_code
             )
@@ -157,56 +155,29 @@ def load(
     return model
 
 
-def zero_offset(config: Mapping[str, Any], where: str) -> int:
-    """What a checkpoint subtracts from its zero points, by its quantization config.
-
-    Args:
-        config: the ``quantization_config``.
-        where: the checkpoint, for messages.
-
-    Raises:
-        FormatError: a layout that this package does not read.
-
-    >>> zero_offset({"quant_method": "gptq", "checkpoint_format": "gptq"}, "folder")
-    1
-    """
-    if config["quant_method"] == "gptq":
-        offsets, key = {"gptq": 1, "gptq_v2": 0}, "checkpoint_format"
-        layout = config.get(key, config.get("format", "gptq"))
-    else:
-        offsets, key = ZERO_OFFSETS, "packing_format"
-        layout = config.get(key, "auto_round:gptq")
-    if layout not in offsets:
-        needed = ", ".join(offsets)
-        raise FormatError(
-            f"{where}: found {key} {layout!r}; needed one of {needed}; load it with the tool that made it"
-        )
-    return offsets[layout]
-
-
-def _packed_tensors(files: Iterable[Path]) -> dict[str, dict[str, Tensor]]:
-    """Layer name in the checkpoint -> its tensors by last name, without data, for every layer with a qweight."""
+def _packed_tensors(files: Iterable[Path], layout: Stored) -> dict[str, dict[str, Tensor]]:
+    """Layer name in the checkpoint -> its tensors by last name, without data, for every packed layer."""
     tensors: dict[str, dict[str, Tensor]] = {}
     for file in files:
         with safe_open(file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118  not a dict
                 layer, _, kind = name.rpartition(".")
-                if kind in (*_PACKED_TENSORS, "g_idx"):
+                if kind in (*layout.needed, *layout.optional):
                     tensors.setdefault(layer, {})[kind] = handle.get_tensor(name).to("meta")
-    return {layer: own for layer, own in tensors.items() if "qweight" in own}
+    return {layer: own for layer, own in tensors.items() if layout.needed[0] in own}
 
 
-def _packed_layer(linear: nn.Module, tensors: Mapping[str, Tensor], offset: int, path: str) -> PackedLinear:
-    """The packed form of a linear layer, without data."""
+def _layer(linear: nn.Module, tensors: dict[str, Tensor], layout: Stored, path: str) -> nn.Module:
+    """What stands in for a linear layer while its tensors are loaded, without data."""
     assert isinstance(linear, nn.Linear | Conv1D)
-    if missing := [kind for kind in _PACKED_TENSORS if kind not in tensors]:
-        raise FormatError(f"{path}: found qweight without {missing[0]}; needed {', '.join(_PACKED_TENSORS)}")
-    layer = PackedLinear(tensors, zero_offset=offset, bias=linear.bias)
-    shape = (layer.out_features, layer.in_features)
-    needed = tuple(reversed(linear.weight.shape)) if isinstance(linear, Conv1D) else tuple(linear.weight.shape)
-    if layer.bits not in BITS or shape != needed:
+    in_features, out_features = linear.weight.shape if isinstance(linear, Conv1D) else reversed(linear.weight.shape)
+    spec = layout.spec(tensors, in_features, path)
+    if layout.zero_offset is None:
+        return StoredLinear(tensors, layout=layout, spec=spec, bias=linear.bias)
+    layer = PackedLinear(tensors, zero_offset=layout.zero_offset, bias=linear.bias)
+    if (layer.out_features, layer.in_features) != (out_features, in_features):
         raise FormatError(
-            f"{path}: found {shape[0]}x{shape[1]} weights of {layer.bits} bits; needed {needed[0]}x{needed[1]} of "
-            f"{', '.join(map(str, BITS))} bits; config.json and the weights do not belong together"
+            f"{path}: found {layer.out_features}x{layer.in_features} weights of {layer.bits} bits; needed "
+            f"{out_features}x{in_features}; config.json and the weights do not belong together"
         )
     return layer

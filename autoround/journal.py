@@ -28,6 +28,8 @@ from autoround.errors import JournalError
 from autoround.func.types import IntCodes
 
 MANIFEST, BLOCKS, ACTIVATIONS = "manifest.json", "blocks", "activations"
+# Part of the manifest that may differ where a run goes on: the same weights may lie elsewhere now.
+ORIGIN = "origin"
 SHOWN_DIFFERENCES = 4
 
 
@@ -124,7 +126,8 @@ def open_journal(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool =
     manifest = json.loads(json.dumps(manifest))
     there = (folder / MANIFEST).exists()
     if there and not overwrite:
-        differences = list(_differences(read_manifest(folder), manifest))
+        before, now = ({**each, ORIGIN: None} for each in (read_manifest(folder), manifest))
+        differences = list(_differences(before, now))
         if differences:
             shown = sorted(differences, key=lambda text: text.startswith("plan."))[:SHOWN_DIFFERENCES]
             more = f" and {len(differences) - len(shown)} more" if len(differences) > len(shown) else ""

@@ -1,6 +1,6 @@
 """The plan: the fate of every weight, decided before any work starts. Torch-free."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autoround.errors import UsageError
@@ -19,12 +19,14 @@ class LayerShape:
         out_features: rows of the weight.
         in_features: columns of the weight, along which groups run.
         tied_to: path of the module whose weight it shares, as an output head may that of the embedding; else empty.
+        linear: False for other kinds of module, such as GPT-2's Conv1D.
     """
 
     path: str
     out_features: int
     in_features: int
     tied_to: str = ""
+    linear: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,7 @@ class FormatRules:
         multiple: out_features and in_features must be multiples of this.
         zero_min: smallest zero point it stores.
         scale_dtypes: of the scales it stores; empty means any.
+        linear_only: its loaders replace linear modules only, not a Conv1D.
     """
 
     name: str
@@ -71,6 +74,7 @@ class FormatRules:
     multiple: int = 1
     zero_min: int = 0
     scale_dtypes: tuple[str, ...] = ()
+    linear_only: bool = False
 
     def takes_group(self, group_size: int) -> bool:
         return not self.group_sizes or group_size in self.group_sizes
@@ -169,6 +173,31 @@ def resolve(spec: QuantSpec, odd_shapes: str, structure: Structure, rules: Seque
     return Plan(architecture=structure.architecture, spec=spec, blocks=blocks, outside=outside, notes=tuple(notes))
 
 
+def recorded(structure: Structure, spec: QuantSpec, specs: Mapping[str, QuantSpec]) -> Plan:
+    """The plan of codes that are there already.
+
+    Args:
+        structure: the model.
+        spec: what most layers have.
+        specs: path -> spec of every quantized layer.
+
+    Raises:
+        UsageError: a quantized layer is not one of the model's.
+    """
+    blocks = tuple(
+        BlockPlan(path=block.path, layers=tuple(_as_recorded(layer, specs) for layer in block.layers))
+        for block in structure.blocks
+    )
+    outside = tuple(_left_alone(shape) for shape in structure.outside)
+    plan = Plan(architecture=structure.architecture, spec=spec, blocks=blocks, outside=outside)
+    if unknown := sorted(set(specs) - set(plan.specs)):
+        raise UsageError(
+            f"{unknown[0]}: found codes of a layer that {structure.architecture} does not have; "
+            "needed the model that was quantized; check --model"
+        )
+    return plan
+
+
 def check_format(plan: Plan, rules: FormatRules) -> None:
     """Refuse a format that cannot hold what was planned without it.
 
@@ -180,14 +209,22 @@ def check_format(plan: Plan, rules: FormatRules) -> None:
         if layer.spec is None:
             continue
         where, group = f"format {rules.name}: {layer.shape.path}", layer.spec.group_size
-        if not _fits_formats(layer.shape, [rules]):
-            shape = f"{layer.shape.out_features}x{layer.shape.in_features}"
-            raise UsageError(f"{where}: found shape {shape}; needed multiples of {rules.multiple}; {_ADVICE}")
+        if reason := _misfit(layer.shape, [rules]):
+            raise UsageError(f"{where}: {reason}; {_ADVICE}")
         _check_group(group, rules, where)
         if rules.uniform_group and group != plan.spec.group_size:
             raise UsageError(
                 f"{where}: found group_size {group}; needed {plan.spec.group_size} as elsewhere; {_ADVICE}"
             )
+
+
+def holds(plan: Plan, rules: FormatRules) -> bool:
+    """Whether a format can hold what was planned; see ``check_format``."""
+    try:
+        check_format(plan, rules)
+    except UsageError:
+        return False
+    return True
 
 
 def _check_spec(spec: QuantSpec, rule: FormatRules) -> None:
@@ -210,7 +247,7 @@ def _fit_whole_model(
     spec: QuantSpec, odd_shapes: str, layers: Sequence[LayerShape], rules: Sequence[FormatRules]
 ) -> tuple[QuantSpec, list[str]]:
     """The group size for the whole model where a format needs a single one."""
-    rows = {layer.in_features for layer in layers if _fits_formats(layer, rules)}
+    rows = {layer.in_features for layer in layers if not _misfit(layer, rules)}
     uniform = any(rule.uniform_group for rule in rules)
     unfit = sorted(row for row in rows if spec.group_size != WHOLE_ROW and row % spec.group_size)
     refused = [rule for rule in rules if not rule.takes_group(spec.group_size)]
@@ -228,11 +265,8 @@ def _fit_whole_model(
 
 
 def _fate(layer: LayerShape, spec: QuantSpec, odd_shapes: str, rules: Sequence[FormatRules]) -> LayerPlan:
-    if not _fits_formats(layer, rules):
-        needed = max(rule.multiple for rule in rules)
-        return LayerPlan(
-            shape=layer, spec=None, reason=f"{layer.out_features}x{layer.in_features} is not a multiple of {needed}"
-        )
+    if reason := _misfit(layer, rules):
+        return LayerPlan(shape=layer, spec=None, reason=reason)
     if spec.group_size == WHOLE_ROW or layer.in_features % spec.group_size == 0:
         return LayerPlan(shape=layer, spec=spec)
     if odd_shapes == "fail":
@@ -248,13 +282,24 @@ def _fate(layer: LayerShape, spec: QuantSpec, odd_shapes: str, rules: Sequence[F
     return LayerPlan(shape=layer, spec=None, reason=reason)
 
 
+def _as_recorded(layer: LayerShape, specs: Mapping[str, QuantSpec]) -> LayerPlan:
+    spec = specs.get(layer.path)
+    return LayerPlan(shape=layer, spec=spec, reason="" if spec else "kept when the codes were made")
+
+
 def _left_alone(layer: LayerShape) -> LayerPlan:
     tied = f", tied to {layer.tied_to}" if layer.tied_to else ""
     return LayerPlan(shape=layer, spec=None, reason=f"outside the blocks{tied}")
 
 
-def _fits_formats(layer: LayerShape, rules: Sequence[FormatRules]) -> bool:
-    return all(layer.in_features % rule.multiple == 0 and layer.out_features % rule.multiple == 0 for rule in rules)
+def _misfit(layer: LayerShape, rules: Sequence[FormatRules]) -> str:
+    """Why some format cannot take a layer, whatever its spec; empty if all can."""
+    multiple = max((rule.multiple for rule in rules), default=1)
+    if layer.in_features % multiple or layer.out_features % multiple:
+        return f"{layer.out_features}x{layer.in_features} is not a multiple of {multiple}"
+    if not layer.linear and (refusing := [rule.name for rule in rules if rule.linear_only]):
+        return f"it is a Conv1D, which {refusing[0]} does not take"
+    return ""
 
 
 def _sizes_below(group_size: int) -> list[int]:

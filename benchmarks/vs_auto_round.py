@@ -33,7 +33,7 @@ from autoround.evaluate import TokenScores, compare
 from benchmarks import machine, smollm2
 
 ROOT = Path(__file__).parents[1]
-CLIENT = Path(os.environ.get("AUTOROUND_CLIENT_VENV") or ROOT / ".venv-clients") / "bin" / "python"
+CLIENT = Path(os.environ.get("AUTOROUND_CLIENT_VENV") or ROOT / ".venv-clients") / "auto-round" / "bin" / "python"
 BOOTSTRAPS = 2000
 POLL_SECONDS = 0.05
 BLOCK_SECONDS = re.compile(r"^block \d+/\d+ .*?  ([\d.]+) s", re.MULTILINE)

@@ -19,6 +19,10 @@ from tests.formats.quantized import Quantized, quantized, tiny_gpt2, tiny_llama
 Make = Callable[[], PreTrainedModel]
 PROMPT = torch.tensor([[5, 17, 42, 7]])
 FORMATS = ("auto_round", "auto_gptq", "fake")
+ALL_FORMATS = (
+    "auto_round", "auto_round:auto_gptq", "auto_round:auto_awq", "auto_round:gptqmodel", "auto_gptq", "gptq_v2",
+    "auto_awq", "llm_compressor",
+)  # fmt: skip
 
 
 def _greedy(model: PreTrainedModel) -> list[int]:
@@ -59,6 +63,28 @@ def test_every_layout_generates_the_same(make: Make, bits: int, sym: bool, tmp_p
     for form in ("auto_round", "auto_gptq"):
         torch.testing.assert_close(_logits(models[form]), expected, rtol=0, atol=1e-5)
         assert _greedy(models[form]) == _greedy(models["fake"])
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_four_bits_in_every_layout(sym: bool, group_size: int, tmp_path: Path) -> None:
+    tiny = quantized(_half(tiny_llama(bias=True)), *ALL_FORMATS, sym=sym, group_size=group_size)
+    expected = _logits(load(tiny.write("fake", tmp_path / "fake"), dtype="float32"))
+    for form in ALL_FORMATS:
+        model = load(tiny.write(form, tmp_path / form.replace(":", "_")), dtype="float32")
+        assert set(_packed(model)) == set(tiny.plan.specs), form
+        torch.testing.assert_close(_logits(model), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("bits", "sym"), [(2, True), (2, False), (8, True), (8, False)])
+def test_llm_compressor_in_other_widths(bits: int, sym: bool, tmp_path: Path) -> None:
+    """Rows of 96 and of 64 in groups of 64 and 32, so that the config has two groups."""
+    tiny = quantized(tiny_llama(), "llm_compressor", group_size=64, bits=bits, sym=sym)
+    assert len(set(tiny.plan.specs.values())) == 2
+    model = load(tiny.write("llm_compressor", tmp_path / "out"), dtype="float32")
+    assert set(_packed(model)) == set(tiny.plan.specs)
+    expected = _logits(load(tiny.write("fake", tmp_path / "fake"), dtype="float32"))
+    torch.testing.assert_close(_logits(model), expected, rtol=0, atol=1e-5)
 
 
 def test_kept_and_odd_layers(tmp_path: Path) -> None:
@@ -136,6 +162,14 @@ def test_a_loaded_model_saves_as_it_was(form: str, llama: Quantized, tmp_path: P
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
 
 
+@pytest.mark.parametrize("form", ["auto_awq", "llm_compressor"])
+def test_a_model_that_was_repacked_is_not_saved(form: str, llama: Quantized, tmp_path: Path) -> None:
+    """Its tensors are no longer those that its quantization config tells of."""
+    tiny = quantized(tiny_llama(), form)
+    with pytest.raises(ValueError, match="not serializable"):
+        load(tiny.write(form, tmp_path / "out")).save_pretrained(tmp_path / "again")
+
+
 def test_a_foreign_file_with_reordered_columns(llama: Quantized, tmp_path: Path) -> None:
     """g_idx is followed where it is not in order: columns of one layer and its g_idx permuted alike."""
     folder = llama.write("auto_gptq", tmp_path / "out")
@@ -159,8 +193,8 @@ def _edit_config(folder: Path, **changes: str) -> None:
 
 def test_layouts_of_other_tools_are_refused(llama: Quantized, tmp_path: Path) -> None:
     folder = llama.write("auto_round", tmp_path / "out")
-    _edit_config(folder, packing_format="auto_round:auto_awq")
-    with pytest.raises(FormatError, match="out: found packing_format 'auto_round:auto_awq'; needed one of"):
+    _edit_config(folder, packing_format="auto_round:fp8")
+    with pytest.raises(FormatError, match="out: found packing_format 'auto_round:fp8'; needed one of"):
         load(folder)
 
 
@@ -184,7 +218,7 @@ def test_damaged_folders(llama: Quantized, tmp_path: Path) -> None:
         load(folder)
     tensors |= {f"{path}.scales": scales, f"{path}.qweight": tensors[f"{path}.qweight"][4:].clone()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(FormatError, match=rf"{path}: found 64x64 weights of 4 bits; needed 64x96"):
+    with pytest.raises(FormatError, match=rf"{path}: found qweight of shape \(8, 64\) with 3 groups a row; needed 96 "):
         load(folder)
     save_file({"lm_head.weight": tensors["lm_head.weight"]}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(FormatError, match="found no packed layers"):

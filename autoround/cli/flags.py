@@ -1,10 +1,10 @@
 """From the command line's words to a recipe; the flags are the fields of ``Recipe``."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 from autoround import __version__
 from autoround.cli import refused
@@ -21,6 +21,7 @@ examples:
   auto-round Qwen/Qwen3-0.6B --scheme W4A16
   auto-round-light ./model --bits 2 --group_size 64 --dataset notes.jsonl,python-docs:num=64
   auto-round model.gguf --bits 4 --iters 0 --format "auto_round,auto_gptq" --output_dir out
+  auto-round export out.journal --format auto_awq,llm_compressor --output_dir more
 """
 # Flags that are no setting of the recipe.
 SWITCHES = {
@@ -30,11 +31,27 @@ SWITCHES = {
 }
 
 
+# Settings of ``auto-round export``.
+EXPORT = (
+    "model",
+    "revision",
+    "cache_dir",
+    "token",
+    "trust_remote_code",
+    "format",
+    "output_dir",
+    "overwrite",
+    "max_shard_size",
+    "model_dtype",
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """What the user asked for."""
+    """What the user asked for; with a source, a journal or quantized checkpoint to export and no run."""
 
     recipe: Recipe
+    source: str = ""
     dry_run: bool = False
     quiet: bool = False
     debug: bool = False
@@ -70,13 +87,9 @@ def parse(argv: Sequence[str], preset: str) -> Command:
         SystemExit: after --help and --version have printed.
     """
     words = _without_subcommand(list(argv))
-    known = spellings()
-    typed, extra = _parser(preset).parse_known_args([_canonical(word, known) for word in words])
-    if extra:
-        raise UsageError(
-            f"found {extra[0]!r}, which belongs to no flag; needed one model; quote values that have spaces"
-        )
-    values = vars(typed)
+    if words[:1] == ["export"]:
+        return _parse_export(words[1:])
+    values = _values(_parser(preset), words, needed="one model")
     settings = {name: values[name] for name in options() if name in values}
     named = values.get("positional")
     if named is not None and settings.setdefault("model", named) != named:
@@ -85,6 +98,28 @@ def parse(argv: Sequence[str], preset: str) -> Command:
         raise UsageError(f"model: found none; needed a hub name, folder or .gguf file; try {program(preset)} --help")
     switches = {name: values[name] for name in SWITCHES if name in values}
     return Command(recipe=Recipe.preset(preset, **settings), **switches)
+
+
+def _parse_export(words: Sequence[str]) -> Command:
+    values = _values(_export_parser(), words, needed="one journal or checkpoint")
+    if "positional" not in values:
+        raise UsageError(
+            "export: found nothing to export; needed the folder OUT.journal of a run, or a quantized checkpoint; "
+            "try auto-round export --help"
+        )
+    settings = {name: values[name] for name in EXPORT if name in values}
+    switches = {name: values[name] for name in SWITCHES if name in values}
+    return Command(recipe=Recipe(**settings), source=values["positional"], **switches)
+
+
+def _values(parser: argparse.ArgumentParser, words: Sequence[str], *, needed: str) -> dict[str, Any]:
+    known = spellings()
+    typed, extra = parser.parse_known_args([_canonical(word, known) for word in words])
+    if extra:
+        raise UsageError(
+            f"found {extra[0]!r}, which belongs to no flag; needed {needed}; quote values that have spaces"
+        )
+    return vars(typed)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -105,24 +140,50 @@ def _parser(preset: str) -> argparse.ArgumentParser:
     )
     groups = {option["group"]: parser.add_argument_group(option["group"]) for _, option in options().values()}
     groups["model"].add_argument("positional", metavar="MODEL", nargs="?", help="the same as --model")
-    for name, (field, option) in options().items():
-        kind = _kind(field.type)
-        text = _help(option, PRESETS[preset].get(name, field.default))
-        if kind is bool:
-            groups[option["group"]].add_argument(f"--{name}", action="store_true", help=text)
-            for off in option["off_flags"][:1]:
-                text = argparse.SUPPRESS if field.default is False else f"the opposite of --{name}"
-                groups[option["group"]].add_argument(f"--{off}", action="store_false", dest=name, help=text)
-        else:
-            groups[option["group"]].add_argument(
-                f"--{name}", type=READERS.get(kind, str), metavar=_metavar(option, kind), help=text
-            )
+    for name, (_, option) in options().items():
+        _add_setting(groups[option["group"]], name, preset)
+    _add_switches(parser, SWITCHES)
+    return parser
+
+
+def _export_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="auto-round export",
+        usage="%(prog)s SOURCE --format LIST --output_dir FOLDER [flags]",
+        description="Write formats from the journal of a finished run, or from a quantized checkpoint, code for code.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    group = parser.add_argument_group("export")
+    group.add_argument(
+        "positional", metavar="SOURCE", nargs="?", help="the folder OUT.journal beside a run's output, or a checkpoint"
+    )
+    for name in EXPORT:
+        _add_setting(group, name, "default")
+    _add_switches(parser, [name for name in SWITCHES if name != "dry_run"])
+    return parser
+
+
+def _add_setting(group: argparse._ArgumentGroup, name: str, preset: str) -> None:
+    """The flags of a recipe's field."""
+    field, option = options()[name]
+    kind, text = _kind(field.type), _help(option, PRESETS[preset].get(name, field.default))
+    if kind is not bool:
+        group.add_argument(f"--{name}", type=READERS.get(kind, str), metavar=_metavar(option, kind), help=text)
+        return
+    group.add_argument(f"--{name}", action="store_true", help=text)
+    for off in option["off_flags"][:1]:
+        text = argparse.SUPPRESS if field.default is False else f"the opposite of --{name}"
+        group.add_argument(f"--{off}", action="store_false", dest=name, help=text)
+
+
+def _add_switches(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     command = parser.add_argument_group("command")
-    for name, text in SWITCHES.items():
-        command.add_argument(f"--{name}", action="store_true", help=text)
+    for name in names:
+        command.add_argument(f"--{name}", action="store_true", help=SWITCHES[name])
     command.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     command.add_argument("-h", "--help", action="help", help="print this and stop")
-    return parser
 
 
 def _without_subcommand(words: list[str]) -> list[str]:

@@ -124,6 +124,9 @@ def _work(command: Command, quantize: Quantize) -> None:
     from autoround.cli.show import show_plan
 
     recipe = command.recipe
+    if command.source:
+        print("\n".join(map(str, _export(command))))
+        return
     with display(sys.stderr) as screen, logged(screen.note, debug=command.debug):
         if command.dry_run:
             result = show_plan(quantize(recipe.model, recipe).plan)
@@ -134,6 +137,30 @@ def _work(command: Command, quantize: Quantize) -> None:
                     screen.block_done(done, len(run.plan.blocks))
             result = "\n".join(map(str, run.export()))
     print(result)
+
+
+def _export(command: Command) -> tuple[Path, ...]:
+    """Write formats from a journal or a quantized checkpoint."""
+    from autoround.cli.display import display, logged
+    from autoround.export import Target, export_checkpoint, export_journal
+
+    recipe = command.recipe
+    target = Target(
+        folder=Path(recipe.output_dir),
+        formats=recipe.format,
+        dtype=recipe.model_dtype,
+        max_shard_size=recipe.max_shard_size,
+        overwrite=recipe.overwrite,
+    )
+    with display(sys.stderr) as screen, logged(screen.note, debug=command.debug):
+
+        def tell(name: str, folder: Path) -> None:
+            if not command.quiet:
+                screen.note(f"export: {name} in {folder}")
+
+        if (Path(command.source) / "config.json").is_file():
+            return export_checkpoint(command.source, target, trust_remote_code=recipe.trust_remote_code, on_format=tell)
+        return export_journal(command.source, target, model=recipe.model or None, token=recipe.token, on_format=tell)
 
 
 def _fail(name: str, error: AutoRoundError | OSError) -> int:

@@ -1,4 +1,4 @@
-"""The layout ``auto_gptq``: GPTQ tensors, version 1 (``checkpoint_format: gptq``), with g_idx."""
+"""The layout ``auto_gptq``: GPTQ tensors with g_idx, version 1 (``checkpoint_format: gptq``) or 2 (``gptq_v2``)."""
 
 import re
 from collections.abc import Mapping
@@ -18,32 +18,37 @@ from autoround.spec import QuantSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoGptq:
-    """One group size for the whole model, float16 scales, ``zero - 1`` in the file."""
+    """One group size for the whole model, float16 scales; version 1 holds ``zero - 1``, version 2 the zero itself."""
 
     rules: FormatRules = RULES["auto_gptq"]
+    checkpoint_format: str = "gptq"
     dtype: str | None = "float16"
     config_copies: tuple[str, ...] = ("quantize_config.json", "quantization_config.json")
+
+    @property
+    def _zero_offset(self) -> int:
+        return int(self.checkpoint_format == "gptq")
+
+    def suited(self, plan: Plan) -> "AutoGptq":
+        del plan  # one packing serves all
+        return self
 
     def pack(self, codes: IntCodes, spec: QuantSpec) -> dict[str, Tensor]:
         if codes.scale_OG.dtype != torch.float16:
             raise FormatError(f"found {codes.scale_OG.dtype} scales; needed float16; use --scale_dtype float16")
-        in_features = codes.q_OI.shape[1]
-        g_idx = torch.arange(in_features, dtype=torch.int32) // spec.group_of(in_features)
-        return gptq_layout.pack_layer(codes, spec, zero_offset=1) | {"g_idx": g_idx}
+        tensors = gptq_layout.pack_layer(codes, spec, zero_offset=self._zero_offset)
+        return tensors | {"g_idx": gptq_layout.g_idx(codes, spec)}
 
     def unpack(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> IntCodes:
-        group = spec.group_of(len(tensors["g_idx"]))
-        expected = [column // group for column in range(len(tensors["g_idx"]))]
-        if tensors["g_idx"].tolist() != expected:
-            raise FormatError(f"found columns out of order in g_idx; needed column // {group}")
-        return gptq_layout.unpack_layer(tensors, spec, zero_offset=1)
+        gptq_layout.check_g_idx(tensors["g_idx"], spec)
+        return gptq_layout.unpack_layer(tensors, spec, zero_offset=self._zero_offset)
 
     def config(self, plan: Plan) -> dict[str, Any]:
         """Layers kept inside the blocks are named twice: by exclusion (``dynamic``) for loaders that follow it and,
         where all blocks keep the same ones, by an allow-list (``modules_in_block_to_quantize``) for the others."""
         config: dict[str, Any] = {
             "quant_method": "gptq",
-            "checkpoint_format": "gptq",
+            "checkpoint_format": self.checkpoint_format,
             "bits": plan.spec.bits,
             "group_size": plan.spec.group_size,
             "sym": plan.spec.sym,
@@ -63,3 +68,4 @@ class AutoGptq:
 
 
 AUTO_GPTQ = AutoGptq()
+GPTQ_V2 = AutoGptq(rules=RULES["gptq_v2"], checkpoint_format="gptq_v2")

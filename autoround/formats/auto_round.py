@@ -1,4 +1,4 @@
-"""The layout ``auto_round``: GPTQ tensors without g_idx under ``quant_method: auto-round``."""
+"""The layout ``auto_round``: GPTQ or AWQ tensors under ``quant_method: auto-round``, in one of four packings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,33 +6,63 @@ from typing import Any
 
 from torch import Tensor
 
-from autoround.formats import gptq_layout
+from autoround.formats import awq_layout, gptq_layout
 from autoround.formats.rules import RULES
 from autoround.func.types import IntCodes
-from autoround.plan import FormatRules, Plan
+from autoround.plan import FormatRules, Plan, holds
 from autoround.spec import QuantSpec
+
+ZERO_MINUS_ONE, AWQ, TRUE_ZERO, TRUE_ZERO_GIDX = (
+    "auto_round:auto_gptq",
+    "auto_round:auto_awq",
+    "auto_round",
+    "auto_round:gptqmodel",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoRound:
-    """Symmetric codes are stored with ``zero - 1`` (packing ``auto_round:auto_gptq``), which most servers read;
-    asymmetric ones with the true zero point (packing ``auto_round``), since 0 is one of them."""
+    """One packing of the layout; without one, ``suited`` chooses that which most loaders read.
+
+    Symmetric codes go with ``zero - 1`` (auto_round:auto_gptq), asymmetric 4-bit codes as AWQ does where it takes the
+    plan (auto_round:auto_awq): these two are what vLLM and SGLang read. Other asymmetric codes keep their true zero
+    points (auto_round), since 0 is one of them.
+    """
 
     rules: FormatRules = RULES["auto_round"]
-    dtype: str | None = None
+    packing: str = ""
     config_copies: tuple[str, ...] = ()
 
+    @property
+    def dtype(self) -> str | None:
+        return "float16" if self.packing == AWQ else None
+
+    def suited(self, plan: Plan) -> "AutoRound":
+        if self.packing:
+            return self
+        if plan.spec.sym:
+            return AutoRound(packing=ZERO_MINUS_ONE)
+        return AutoRound(packing=AWQ if holds(plan, RULES["auto_awq"]) else TRUE_ZERO)
+
     def pack(self, codes: IntCodes, spec: QuantSpec) -> dict[str, Tensor]:
-        return gptq_layout.pack_layer(codes, spec, zero_offset=int(spec.sym))
+        assert self.packing, "suited() comes first"
+        if self.packing == AWQ:
+            return awq_layout.pack_layer(codes)
+        tensors = gptq_layout.pack_layer(codes, spec, zero_offset=int(self.packing == ZERO_MINUS_ONE))
+        return tensors | ({"g_idx": gptq_layout.g_idx(codes, spec)} if self.packing == TRUE_ZERO_GIDX else {})
 
     def unpack(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> IntCodes:
-        return gptq_layout.unpack_layer(tensors, spec, zero_offset=int(spec.sym))
+        if self.packing == AWQ:
+            return awq_layout.unpack_layer(tensors)
+        if self.packing == TRUE_ZERO_GIDX:
+            gptq_layout.check_g_idx(tensors["g_idx"], spec)
+        return gptq_layout.unpack_layer(tensors, spec, zero_offset=int(self.packing == ZERO_MINUS_ONE))
 
     def config(self, plan: Plan) -> dict[str, Any]:
         """``extra_config`` names every layer inside the blocks that differs from the whole, by its exact path."""
         config: dict[str, Any] = {
             "quant_method": "auto-round",
-            "packing_format": "auto_round:auto_gptq" if plan.spec.sym else "auto_round",
+            "packing_format": self.packing,
             "bits": plan.spec.bits,
             "group_size": plan.spec.group_size,
             "sym": plan.spec.sym,
@@ -56,3 +86,6 @@ def _exceptions(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 AUTO_ROUND = AutoRound()
+AUTO_ROUND_GPTQ = AutoRound(rules=RULES[ZERO_MINUS_ONE], packing=ZERO_MINUS_ONE)
+AUTO_ROUND_AWQ = AutoRound(rules=RULES[AWQ], packing=AWQ)
+AUTO_ROUND_GPTQMODEL = AutoRound(rules=RULES[TRUE_ZERO_GIDX], packing=TRUE_ZERO_GIDX)

@@ -121,15 +121,18 @@ class Contents:
     def expected_bytes(self) -> int:
         """About how much space the weights will take."""
         packed = self.form.config(self.plan) is not None
-        source, total = self.model.source, 0.0
+        source, layers, specs, total = self.model.source, self.plan.layers, self.plan.specs, 0.0
         for name in source.names():
-            path, stored = name.removesuffix(".weight"), source.dtype(name)
-            spec = self.plan.specs.get(path) if packed else None
-            width = float((self.target if self.target is not None and stored.is_floating_point else stored).itemsize)
-            if spec is not None:
-                group = spec.group_of(self.plan.layers[path].shape.in_features)
-                width = spec.bits / 8 + (spec.bits / 8 + 4) / group
-            total += math.prod(source.shape(name)) * width
+            if name.removesuffix(".weight") not in specs:
+                stored = source.dtype(name)
+                cast_to = self.target if self.target is not None and stored.is_floating_point else stored
+                total += math.prod(source.shape(name)) * cast_to.itemsize
+        for path, spec in specs.items():
+            shape = layers[path].shape
+            width = float(self.weight_dtype(path).itemsize)
+            if packed:
+                width = spec.bits / 8 + (spec.bits / 8 + 4) / spec.group_of(shape.in_features)
+            total += shape.out_features * shape.in_features * width
         return int(total)
 
 

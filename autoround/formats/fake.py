@@ -20,6 +20,10 @@ class Fake:
     dtype: str | None = None
     config_copies: tuple[str, ...] = ()
 
+    def suited(self, plan: Plan) -> "Fake":
+        del plan  # nothing to choose
+        return self
+
     def pack(self, codes: IntCodes, spec: QuantSpec) -> dict[str, Tensor]:
         return {"weight": dequantize(codes, spec)}
 

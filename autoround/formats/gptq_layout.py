@@ -35,7 +35,7 @@ def pack_layer(codes: IntCodes, spec: QuantSpec, *, zero_offset: int) -> dict[st
         count = int((codes.zero_OG < zero_offset).sum())
         raise FormatError(
             f"found {count} zero points of 0; needed at least {zero_offset}, because this layout stores zero - 1; "
-            "use the format auto_round, or plan for this format from the start"
+            "use gptq_v2 or auto_round, or name this format when the run begins"
         )
     return {
         "qweight": pack_stream(codes.q_OI, spec.bits).t().contiguous(),
@@ -51,3 +51,20 @@ def unpack_layer(tensors: Mapping[str, Tensor], spec: QuantSpec, *, zero_offset:
         scale_OG=tensors["scales"].t(),
         zero_OG=(unpack_stream(tensors["qzeros"], spec.bits).to(torch.int16) + zero_offset).to(torch.uint8).t(),
     )
+
+
+def g_idx(codes: IntCodes, spec: QuantSpec) -> Tensor:
+    """Group of every column, int32 (I,)."""
+    columns = codes.q_OI.shape[1]
+    return torch.arange(columns, dtype=torch.int32) // spec.group_of(columns)
+
+
+def check_g_idx(g_idx_I: Tensor, spec: QuantSpec) -> None:
+    """Refuse columns out of order.
+
+    Raises:
+        FormatError: ``g_idx`` is not ``column // group_size``.
+    """
+    group = spec.group_of(len(g_idx_I))
+    if g_idx_I.tolist() != [column // group for column in range(len(g_idx_I))]:
+        raise FormatError(f"found columns out of order in g_idx; needed column // {group}")

@@ -1,4 +1,4 @@
-"""The linear layer that computes on packed GPTQ tensors, in plain torch on every device.
+"""Linear layers of quantized checkpoints, in plain torch on every device; they compute on packed GPTQ tensors.
 
 Legend: O output features, I input features, G groups in a row.
 """
@@ -8,7 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from autoround.formats import gptq_layout
 from autoround.formats.bits import PERIOD
+from autoround.formats.stored import Stored
+from autoround.spec import QuantSpec
 
 # Codes dequantized at once on a CPU: few enough to stay in its cache and to reuse memory that is already mapped.
 _CPU_CODES = 2**18
@@ -55,6 +58,12 @@ class PackedLinear(nn.Module):
     scales: Tensor
     g_idx: Tensor | None
 
+    def check_order(self) -> None:
+        """Find out, once the tensors are loaded, whether columns are in order."""
+        if self.g_idx is not None:
+            columns = torch.arange(self.in_features, device=self.g_idx.device)
+            self.reordered = not torch.equal(self.g_idx, (columns // (self.in_features // self.groups)).int())
+
     def dequantize(self, first: int = 0, count: int | None = None) -> Tensor:
         """The weight of ``count`` output features from ``first`` on (both multiples of 32), float32 (I, count)."""
         last = self.out_features if count is None else min(first + count, self.out_features)
@@ -81,6 +90,32 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, groups={self.groups}"
+
+
+class StoredLinear(nn.Module):
+    """Holds the tensors of a layer that is stored in another way, until ``packed`` makes a layer that computes.
+
+    Args:
+        tensors: by their last names, on any device.
+        layout: how they hold the layer.
+        spec: of the layer.
+        bias: taken over as it is.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], *, layout: Stored, spec: QuantSpec, bias: nn.Parameter | None = None
+    ) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self.layout, self.spec, self.bias = layout, spec, bias
+
+    def packed(self) -> PackedLinear:
+        """The layer that computes, on the device of the tensors."""
+        tensors = dict(self.named_buffers())
+        packed = gptq_layout.pack_layer(self.layout.codes(tensors, self.spec), self.spec, zero_offset=0)
+        device = tensors[self.layout.needed[0]].device
+        return PackedLinear({name: tensor.to(device) for name, tensor in packed.items()}, zero_offset=0, bias=self.bias)
 
 
 def unpack_words(words_WN: Tensor, bits: int) -> Tensor:

@@ -22,27 +22,35 @@ ENTRY_POINTS = "autoround.formats"
 FORMATS: Mapping[str, str] = MappingProxyType(
     {
         "auto_round": "autoround.formats.auto_round:AUTO_ROUND",
+        "auto_round:auto_gptq": "autoround.formats.auto_round:AUTO_ROUND_GPTQ",
+        "auto_round:auto_awq": "autoround.formats.auto_round:AUTO_ROUND_AWQ",
+        "auto_round:gptqmodel": "autoround.formats.auto_round:AUTO_ROUND_GPTQMODEL",
         "auto_gptq": "autoround.formats.auto_gptq:AUTO_GPTQ",
+        "gptq_v2": "autoround.formats.auto_gptq:GPTQ_V2",
+        "auto_awq": "autoround.formats.auto_awq:AUTO_AWQ",
+        "llm_compressor": "autoround.formats.llm_compressor:LLM_COMPRESSOR",
         "fake": "autoround.formats.fake:FAKE",
     }
 )
-ALIASES: Mapping[str, str] = MappingProxyType({"auto_round:auto_gptq": "auto_round"})
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {
+        "auto_round:gptq": "auto_round:auto_gptq",
+        "auto_round:awq": "auto_round:auto_awq",
+        "auto_gptq:gptq_v2": "gptq_v2",
+        "gptq": "auto_gptq",
+        "awq": "auto_awq",
+        "compressed-tensors": "llm_compressor",
+    }
+)
 # Names that users of other tools type and that are not here, with what to use; a key ending in ":" is a prefix.
 ABSENT: Mapping[str, str] = MappingProxyType(
     {
-        "auto_awq": "auto_round or auto_gptq",
-        "auto_round:auto_awq": "auto_round",
-        "auto_round:gptqmodel": "auto_round, which stores asymmetric zero points the same way",
-        "auto_round:llm_compressor": "auto_round",
+        "auto_round:llm_compressor": "llm_compressor",
         "auto_round:fp8": "auto_round with --scheme W8A16",
         "auto_round:mlx": "auto_round",
-        "llm_compressor": "auto_round or auto_gptq",
         "fp8": "auto_round with --scheme W8A16",
         "mlx": "auto_round",
         "svdquant_nunchaku": "auto_round",
-        "gptq": "auto_gptq",
-        "gptq_v2": "auto_round --asym, which stores every zero point",
-        "awq": "auto_round or auto_gptq",
         "gguf:": "fake, whose ordinary checkpoint every GGUF converter reads",
     }
 )
@@ -54,8 +62,8 @@ def resolve_name(name: str) -> str:
     Raises:
         UsageError: no such layout, or one that this package does not write.
 
-    >>> resolve_name("AUTO_ROUND:auto_gptq")
-    'auto_round'
+    >>> resolve_name("AWQ")
+    'auto_awq'
     """
     typed = name.strip().lower()
     known = available()

@@ -1,23 +1,46 @@
 """What every layout of this package and its loaders can hold, known before anything is loaded. Torch-free."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from autoround.plan import FormatRules
 
-RULES: Mapping[str, FormatRules] = MappingProxyType(
-    {
-        # Loaders take any group size that divides the row, and only multiples of 32.
-        "auto_round": FormatRules(name="auto_round", multiple=32),
-        # The configuration names one group size; v1 files store zero - 1, and scales as float16.
-        "auto_gptq": FormatRules(
-            name="auto_gptq",
-            group_sizes=(-1, 16, 32, 64, 128, 256, 512, 1024),
-            uniform_group=True,
-            multiple=32,
-            zero_min=1,
-            scale_dtypes=("float16",),
-        ),
-        "fake": FormatRules(name="fake"),
-    }
+# The configuration names one group size, and kernels know these; scales are float16.
+_GPTQ = FormatRules(
+    name="auto_gptq",
+    group_sizes=(-1, 16, 32, 64, 128, 256, 512, 1024),
+    uniform_group=True,
+    multiple=32,
+    zero_min=1,  # the file stores zero - 1
+    scale_dtypes=("float16",),
 )
+_AWQ = FormatRules(
+    name="auto_awq",
+    bits=(4,),
+    group_sizes=(-1, 16, 32, 64, 128),
+    uniform_group=True,
+    multiple=32,
+    scale_dtypes=("float16",),
+    linear_only=True,
+)
+# Loaders take any group size that divides the row, and only multiples of 32.
+_AUTO_ROUND = FormatRules(name="auto_round", multiple=32)
+
+RULES: Mapping[str, FormatRules] = MappingProxyType({
+    rules.name: rules
+    for rules in (
+        _AUTO_ROUND,
+        replace(_AUTO_ROUND, name="auto_round:auto_gptq", zero_min=1),
+        replace(_AWQ, name="auto_round:auto_awq"),
+        replace(_AUTO_ROUND, name="auto_round:gptqmodel"),
+        _GPTQ,
+        replace(_GPTQ, name="gptq_v2", zero_min=0),
+        _AWQ,
+        # 3 bits have been packed in two ways that no file tells apart.
+        FormatRules(
+            name="llm_compressor", bits=(2, 4, 8), multiple=32, scale_dtypes=("float16", "bfloat16"), linear_only=True
+        ),
+        FormatRules(name="fake"),
+    )
+})  # fmt: skip

@@ -28,6 +28,10 @@ class Format(Protocol):
     @property
     def config_copies(self) -> tuple[str, ...]: ...
 
+    def suited(self, plan: Plan) -> "Format":
+        """The variant of this layout for a plan, where it has several; itself otherwise."""
+        ...
+
     def pack(self, codes: IntCodes, spec: QuantSpec) -> dict[str, Tensor]:
         """Tensors of one layer by their last name ("qweight", …); "weight" is (O, I).
 

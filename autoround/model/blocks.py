@@ -65,5 +65,9 @@ def _shape(layer: nn.Module, path: str, owners: Mapping[int, str]) -> LayerShape
     out_features, in_features = weight.shape if isinstance(layer, nn.Linear) else reversed(weight.shape)
     owner = owners[id(weight)]
     return LayerShape(
-        path=path, out_features=out_features, in_features=in_features, tied_to=owner if owner != path else ""
+        path=path,
+        out_features=out_features,
+        in_features=in_features,
+        tied_to=owner if owner != path else "",
+        linear=isinstance(layer, nn.Linear),
     )

@@ -141,14 +141,24 @@ def _open_gguf(path: Path, tokenizer: Any) -> OpenModel:
 
 
 def _open_folder(name: str, folder: Path, tokenizer: Any, trust_remote_code: bool) -> OpenModel:
-    config = _read_config(folder, trust_remote_code)
+    config = folder_config(folder, trust_remote_code=trust_remote_code)
     skeleton = build_skeleton(config, str(folder), trust_remote_code=trust_remote_code)
     return OpenModel(
         name=name, skeleton=skeleton, config=config, source=SafetensorsSource(folder, skeleton),
         folder=folder, trust_remote_code=trust_remote_code, own_tokenizer=tokenizer)  # fmt: skip
 
 
-def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+def folder_config(folder: Path, *, trust_remote_code: bool, quantized: bool = False) -> PreTrainedConfig:
+    """The configuration of a model's folder.
+
+    Args:
+        folder: as ``save_pretrained`` writes it.
+        trust_remote_code: run Python code that comes with the model.
+        quantized: take a checkpoint that is quantized; its quantization config is left out.
+
+    Raises:
+        ModelError: there is none, or not one that this transformers takes; or it is of a quantized checkpoint.
+    """
     file = folder / CONFIG
     if not file.is_file():
         raise ModelError(f"{folder}: found no {CONFIG}; needed a folder as save_pretrained writes it; check the path")
@@ -158,7 +168,8 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
         raise ModelError(
             f"{file}: found invalid JSON ({error}); needed a model's configuration; download it again"
         ) from error
-    _refuse_quantized(settings, str(file))
+    if not quantized:
+        _refuse_quantized(settings, str(file))
     model_type = settings.get("model_type")
     if model_type not in CONFIG_MAPPING and "auto_map" not in settings:
         raise ModelError(
@@ -171,12 +182,14 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
             "read that code and run again with --trust_remote_code"
         )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         cause = " ".join(str(error).split())
         raise ModelError(
             f"{file}: found a configuration that transformers refuses: {cause}; correct the file"
         ) from error
+    vars(config).pop("quantization_config", None)
+    return config
 
 
 def _refuse_quantized(settings: dict[str, Any], where: str) -> None:

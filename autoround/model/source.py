@@ -81,12 +81,7 @@ class SafetensorsSource(StoredNames):
     """
 
     def __init__(self, folder: Path, skeleton: PreTrainedModel) -> None:
-        self._files: dict[str, Path] = {}
-        self._heads: dict[str, Tensor] = {}
-        for file in _weight_files(folder):
-            heads = _read_header(file)
-            self._heads.update(heads)
-            self._files.update(dict.fromkeys(heads, file))
+        self._files, self._heads = read_headers(folder)
         stored = match_names(skeleton, self._heads, str(folder))
         super().__init__(skeleton, stored, str(folder))
         for name, tensor in skeleton.state_dict().items():
@@ -107,9 +102,7 @@ class SafetensorsSource(StoredNames):
 
     def read(self, name: str) -> Tensor:
         key = self.key(name)
-        with safe_open(self._files[key], framework="pt") as handle:
-            tensor: Tensor = handle.get_tensor(key)
-        return tensor
+        return read_tensor(self._files[key], key)
 
 
 class ModuleSource(StoredNames):
@@ -132,6 +125,28 @@ class ModuleSource(StoredNames):
 
     def read(self, name: str) -> Tensor:
         return self._tensors[self.key(name)].detach()
+
+
+def read_headers(folder: Path) -> tuple[dict[str, Path], dict[str, Tensor]]:
+    """The tensors of a folder by their names in the checkpoint: the file of each, and each without data.
+
+    Raises:
+        ModelError: no files with weights, or a missing or damaged one; names the file.
+    """
+    files: dict[str, Path] = {}
+    heads: dict[str, Tensor] = {}
+    for file in _weight_files(folder):
+        own = _read_header(file)
+        heads.update(own)
+        files.update(dict.fromkeys(own, file))
+    return files, heads
+
+
+def read_tensor(file: Path, key: str) -> Tensor:
+    """One tensor; the file is mapped only while it is in use."""
+    with safe_open(file, framework="pt") as handle:
+        tensor: Tensor = handle.get_tensor(key)
+    return tensor
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:

@@ -54,7 +54,9 @@ class Quantized:
 
     def contents(self, form: str, *, dtype: str | None = None) -> Contents:
         codes = self.blocks.__getitem__
-        return Contents(model=self.model, plan=self.plan, codes=codes, form=get_format(form), dtype=dtype)
+        return Contents(
+            model=self.model, plan=self.plan, codes=codes, form=get_format(form).suited(self.plan), dtype=dtype
+        )
 
     def write(self, form: str, folder: Path, *, dtype: str | None = None, **options: Any) -> Path:
         write_checkpoint(self.contents(form, dtype=dtype), folder, **options)

@@ -11,7 +11,7 @@ from autoround.func import IntCodes, QuantSpec
 
 CASES = [
     pytest.param(name, bits, sym, id=f"{name}-{bits}-{'sym' if sym else 'asym'}")
-    for name in ("auto_round", "auto_gptq")
+    for name in ("auto_round:auto_gptq", "gptq_v2")
     for bits in (2, 3, 4, 8)
     for sym in (True, False)
 ]
@@ -27,7 +27,7 @@ def _layer(name: str, spec: QuantSpec, *, bias: bool = False) -> tuple[PackedLin
     codes = func.quantize(prepared, func.init_params({"": prepared})[""], spec)
     tensors = get_format(name).pack(codes, spec)
     own_bias = nn.Parameter(torch.arange(96.0)) if bias else None
-    layer = PackedLinear(tensors, zero_offset=int(spec.sym or name == "auto_gptq"), bias=own_bias)
+    layer = PackedLinear(tensors, zero_offset=get_format(name).rules.zero_min, bias=own_bias)
     return layer, func.dequantize(codes, spec), codes
 
 
@@ -44,7 +44,7 @@ def test_the_weight_is_the_codes(name: str, bits: int, sym: bool, device: str) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3)])
 def test_forward(leading: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
-    layer, weight_OI, _ = _layer("auto_round", QuantSpec(group_size=32), bias=True)
+    layer, weight_OI, _ = _layer("auto_round:auto_gptq", QuantSpec(group_size=32), bias=True)
     layer.bias = nn.Parameter(torch.arange(96.0, dtype=dtype))
     x = torch.randn(*leading, 64, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     expected = nn.functional.linear(x, weight_OI.to(device, dtype), torch.arange(96, device=device).to(dtype))
@@ -62,7 +62,7 @@ def test_outputs_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gradients_reach_the_input() -> None:
-    layer, weight_OI, _ = _layer("auto_round", QuantSpec(group_size=32))
+    layer, weight_OI, _ = _layer("auto_round:auto_gptq", QuantSpec(group_size=32))
     x = torch.randn(2, 64, requires_grad=True)
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, weight_OI.sum(0).expand(2, 64))
@@ -80,6 +80,6 @@ def test_reordered_columns() -> None:
 
 
 def test_compiles_whole() -> None:
-    layer, weight_OI, _ = _layer("auto_round", QuantSpec(bits=3, group_size=32))
+    layer, weight_OI, _ = _layer("auto_round:auto_gptq", QuantSpec(bits=3, group_size=32))
     x = torch.randn(2, 64)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), x @ weight_OI.t())

@@ -19,9 +19,21 @@ def test_every_name_loads_a_layout_with_its_rules(name: str) -> None:
     assert form.rules.name == name
 
 
-@pytest.mark.parametrize("typed", ["AUTO_ROUND", " auto_round ", "auto_round:auto_gptq", "Auto_Round:Auto_GPTQ"])
-def test_spellings(typed: str) -> None:
-    assert resolve_name(typed) == "auto_round"
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("AUTO_ROUND", "auto_round"),
+        (" auto_round ", "auto_round"),
+        ("Auto_Round:Auto_GPTQ", "auto_round:auto_gptq"),
+        ("auto_round:awq", "auto_round:auto_awq"),
+        ("gptq", "auto_gptq"),
+        ("auto_gptq:gptq_v2", "gptq_v2"),
+        ("AWQ", "auto_awq"),
+        ("compressed-tensors", "llm_compressor"),
+    ],
+)
+def test_spellings(typed: str, name: str) -> None:
+    assert resolve_name(typed) == name
 
 
 def test_a_typo_gets_the_near_name() -> None:
@@ -30,13 +42,17 @@ def test_a_typo_gets_the_near_name() -> None:
 
 
 def test_nonsense_gets_the_list() -> None:
-    with pytest.raises(UsageError, match=r"needed one of auto_round, auto_gptq, fake$"):
+    with pytest.raises(
+        UsageError, match=r"needed one of auto_round, .*, auto_gptq, gptq_v2, auto_awq, llm_compressor, fake$"
+    ):
         rules("zzz")
 
 
 @pytest.mark.parametrize("name", [*(name for name in ABSENT if not name.endswith(":")), "gguf:q4_k_m", "GGUF:Q8_0"])
 def test_known_but_absent_names_get_advice(name: str) -> None:
-    with pytest.raises(UsageError, match=rf"found {name}, which is not supported yet; use .*(auto_|fake)"):
+    with pytest.raises(
+        UsageError, match=rf"found {name}, which is not supported yet; use .*(auto_|fake|llm_compressor)"
+    ):
         get_format(name)
 
 

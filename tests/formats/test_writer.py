@@ -61,7 +61,7 @@ def test_contents(llama: Quantized, tmp_path: Path) -> None:
     assert torch.equal(tensors["model.embed_tokens.weight"], llama.model.source.read("model.embed_tokens.weight"))
     with safe_open(folder / "model.safetensors", framework="pt") as handle:
         assert handle.metadata() == {"format": "pt"}
-    assert _config(folder)["quantization_config"] == get_format("auto_round").config(llama.plan)
+    assert _config(folder)["quantization_config"] == get_format("auto_round").suited(llama.plan).config(llama.plan)
     assert (_config(folder)["dtype"], _config(folder)["architectures"]) == ("float32", ["LlamaForCausalLM"])
     modes = {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()}
     assert len(modes) == 1  # weights are as readable as text files

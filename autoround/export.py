@@ -1,0 +1,175 @@
+"""From codes to checkpoints: every format of a run, at its end or later from its journal alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autoround.convert import open_quantized
+from autoround.errors import JournalError
+from autoround.formats.contents import BlockCodes, Contents
+from autoround.formats.registry import get_format, rules
+from autoround.formats.writer import check_folder, parse_size, write_checkpoint
+from autoround.journal import MANIFEST, ORIGIN, Journal, digest, read_manifest
+from autoround.model.blocks import structure
+from autoround.model.load import OpenModel, open_model
+from autoround.plan import Plan, check_format, recorded
+from autoround.spec import QuantSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Where checkpoints go, and how.
+
+    Attributes:
+        folder: of a single format; several go to subfolders named after them.
+        formats: names of layouts.
+        dtype: "float16", …: of the unquantized weights where the layout demands none; their own when None.
+        max_shard_size: largest size of one weight file.
+        overwrite: replace what the folder holds.
+    """
+
+    folder: Path
+    formats: tuple[str, ...]
+    dtype: str | None = None
+    max_shard_size: str = "5GB"
+    overwrite: bool = False
+
+    def check(self, plan: Plan) -> None:
+        """Refuse what cannot be written, before any work.
+
+        Raises:
+            AutoRoundError: a format cannot hold the plan, or the folder is in use.
+        """
+        parse_size(self.max_shard_size)
+        for name in self.formats:
+            check_format(plan, rules(name))
+        check_folder(self.folder, overwrite=self.overwrite)
+
+
+def write_formats(
+    model: OpenModel, plan: Plan, codes: BlockCodes, target: Target, *, on_format: Callable[[str, Path], None]
+) -> tuple[Path, ...]:
+    """Write a checkpoint for each format, and read each back.
+
+    Args:
+        model: the float model, for everything that is not quantized.
+        plan: the fate of its layers.
+        codes: block number -> codes of its layers.
+        target: where to.
+        on_format: called with name and folder before each.
+
+    Returns:
+        The folder of each format.
+
+    Raises:
+        AutoRoundError: see ``write_checkpoint``.
+    """
+    names = tuple(rules(name).name for name in target.formats)
+    several = len(names) > 1
+    folders = tuple(target.folder / name.replace(":", "_") if several else target.folder for name in names)
+    for name, folder in zip(names, folders, strict=True):
+        on_format(name, folder)
+        dtype = target.dtype or ("float16" if model.gguf_file else None)
+        contents = Contents(model=model, plan=plan, codes=codes, form=get_format(name).suited(plan), dtype=dtype)
+        write_checkpoint(contents, folder, max_shard_size=target.max_shard_size, overwrite=target.overwrite)
+    return folders
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    target: Target,
+    *,
+    trust_remote_code: bool = False,
+    on_format: Callable[[str, Path], None] = lambda name, folder: None,
+) -> tuple[Path, ...]:
+    """Write a quantized checkpoint anew in other layouts, code for code.
+
+    Args:
+        checkpoint: a folder in any layout that this package reads.
+        target: where to, and which formats.
+        trust_remote_code: run Python code that comes with the model.
+        on_format: called with name and folder before each format is written.
+
+    Returns:
+        The folder of each format.
+
+    Raises:
+        AutoRoundError: the checkpoint is damaged or foreign, or a format cannot hold exactly its codes.
+    """
+    for name in target.formats:
+        rules(name)
+    quantized = open_quantized(Path(checkpoint), trust_remote_code=trust_remote_code)
+    target.check(quantized.plan)
+    return write_formats(quantized.model, quantized.plan, quantized.read_block, target, on_format=on_format)
+
+
+def origin(model: object, **options: Any) -> dict[str, Any] | None:
+    """What the journal keeps of where its model came from: enough to open it again; None for one in memory."""
+    if not isinstance(model, str | Path):
+        return None
+    local = Path(model).expanduser()
+    return {"model": str(local.resolve() if local.exists() else model), **options}
+
+
+def export_journal(
+    journal: str | Path,
+    target: Target,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    token: str | None = None,
+    on_format: Callable[[str, Path], None] = lambda name, folder: None,
+) -> tuple[Path, ...]:
+    """Write checkpoints from a finished journal, without the run that made it.
+
+    Args:
+        journal: the folder ``OUT.journal`` of a run whose blocks are all done.
+        target: where to, and which formats, each able to hold the codes.
+        model: the float model that was quantized; where it came from then when None.
+        tokenizer: for a model in memory.
+        token: for a private hub model.
+        on_format: called with name and folder before each format is written.
+
+    Returns:
+        The folder of each format.
+
+    Raises:
+        AutoRoundError: the journal is not finished, its model is gone or another one, or a format cannot hold it.
+    """
+    folder = Path(journal)
+    for name in target.formats:
+        rules(name)
+    manifest = read_manifest(folder)
+    if missing := sorted({"plan", "spec", "source_sha256"} - set(manifest)):
+        raise JournalError(f"{folder / MANIFEST}: found no {missing[0]}; needed the manifest of a run by this version")
+    kept = manifest.get(ORIGIN) or {}
+    if model is None and not kept:
+        raise JournalError(f"{folder}: found the codes of a model in memory; needed that model; pass it as --model")
+    options = kept if model is None or model == kept.get("model") else {}
+    opened = open_model(
+        options.get("model", model),
+        revision=options.get("revision"),
+        cache_dir=options.get("cache_dir"),
+        trust_remote_code=options.get("trust_remote_code", False),
+        token=token,
+        tokenizer=tokenizer,
+    )
+    plan = _planned(manifest, opened)
+    codes = Journal(folder, manifest)
+    if (finished := codes.finished()) < len(plan.blocks):
+        raise JournalError(
+            f"{folder}: found {finished} of {len(plan.blocks)} blocks; needed all; repeat the command that began it"
+        )
+    target.check(plan)
+    if digest((name, opened.source.read(name)) for name in sorted(opened.source.names())) != manifest["source_sha256"]:
+        raise JournalError(
+            f"{opened.name}: found other weights than those that were quantized; needed the same; pass --model"
+        )
+    return write_formats(opened, plan, codes.read_block, target, on_format=on_format)
+
+
+def _planned(manifest: dict[str, Any], model: OpenModel) -> Plan:
+    """The plan that a journal's codes were made by."""
+    specs = {path: QuantSpec(**settings) for path, settings in manifest["plan"].items()}
+    return recorded(structure(model.skeleton), QuantSpec(**manifest["spec"]), specs)

@@ -1,0 +1,53 @@
+"""The layout ``auto_awq``: AWQ tensors, version "gemm"."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from autoround.formats import awq_layout
+from autoround.formats.rules import RULES
+from autoround.func.types import IntCodes
+from autoround.plan import FormatRules, Plan
+from autoround.spec import QuantSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoAwq:
+    """One group size for the whole model, linear layers only, 4 bits, float16."""
+
+    rules: FormatRules = RULES["auto_awq"]
+    dtype: str | None = "float16"
+    config_copies: tuple[str, ...] = ("quant_config.json",)
+
+    def suited(self, plan: Plan) -> "AutoAwq":
+        del plan  # one packing serves all
+        return self
+
+    def pack(self, codes: IntCodes, spec: QuantSpec) -> dict[str, Tensor]:
+        del spec  # the codes say it all
+        return awq_layout.pack_layer(codes)
+
+    def unpack(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> IntCodes:
+        del spec
+        return awq_layout.unpack_layer(tensors)
+
+    def config(self, plan: Plan) -> dict[str, Any]:
+        """``zero_point`` is true for symmetric codes too: their zero points are in the file, and some loaders insist.
+
+        ``modules_to_not_convert`` holds whole paths, because loaders compare parts of names.
+        """
+        config: dict[str, Any] = {
+            "quant_method": "awq",
+            "version": "gemm",
+            "bits": awq_layout.BITS,
+            "group_size": plan.spec.group_size,
+            "zero_point": True,
+        }
+        if kept := [layer.shape.path for layer in plan.layers.values() if layer.spec is None]:
+            config["modules_to_not_convert"] = kept
+        return config
+
+
+AUTO_AWQ = AutoAwq()

@@ -1,0 +1,58 @@
+"""The environments of the tests marked ``clients``: each holds the loaders of other projects, away from our own.
+
+Run ``python tests/clients/environments.py [folder]``; the folder is by default the one that the tests use. Nothing is
+done where an environment is complete already.
+"""
+
+import os
+import subprocess
+import sys
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+
+VARIABLE = "AUTOROUND_CLIENT_VENV"
+DEFAULT = Path(__file__).parents[2] / ".venv-clients"
+# Written last, so that a broken installation is made anew.
+STAMP = "complete.txt"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What is installed: first with dependencies, then without those that would bring other versions."""
+
+    needs: tuple[str, ...]
+    alone: tuple[str, ...]
+
+
+_TORCH = ("torch==2.13.0", "transformers==5.23.0", "accelerate", "datasets")
+ENVIRONMENTS = {
+    "auto-round": Environment(
+        needs=(*_TORCH, "compressed-tensors==0.20.0", "py-cpuinfo", "numba", "threadpoolctl", "pydantic"),
+        alone=("auto-round==0.16.1",),
+    ),
+}
+
+
+def client_python(name: str) -> Path:
+    """The interpreter of an environment; it need not exist."""
+    return Path(os.environ.get(VARIABLE) or DEFAULT) / name / "bin" / "python"
+
+
+def make(folder: Path, environment: Environment) -> None:
+    """Install, unless it is done."""
+    recipe = "\n".join((*environment.needs, *environment.alone))
+    stamp = folder / STAMP
+    if stamp.exists() and stamp.read_text() == recipe:
+        return
+    venv.create(folder, clear=True, with_pip=True)
+    install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check"]
+    subprocess.run([*install, *environment.needs], check=True)
+    subprocess.run([*install, "--no-deps", *environment.alone], check=True)
+    stamp.write_text(recipe)
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1]) if len(sys.argv) > 1 else client_python("auto-round").parents[2]
+    for name, environment in ENVIRONMENTS.items():
+        make(root / name, environment)

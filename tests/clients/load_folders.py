@@ -1,0 +1,53 @@
+"""Runs in a client environment: load folders with another project's loader, print logits and greedy tokens as JSON.
+
+Usage: load_folders.py REQUEST; REQUEST is JSON: {"loader": name, "prompts": {folder: [token, …]}, "new_tokens": n}.
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+# By which of their tensors packed layers are known.
+PACKED = ("qweight", "weight_packed")
+
+
+def load(folder: str, loader: str) -> Any:
+    """A folder as this loader's users load it."""
+    if loader == "auto_round":
+        from transformers import AutoRoundConfig
+
+        # The explicit configuration makes it read GPTQ folders too, which are another package's otherwise.
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", quantization_config=AutoRoundConfig())
+    if loader == "gptqmodel":
+        from gptqmodel import GPTQModel
+
+        return GPTQModel.load(folder, device="cpu").model
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+
+def answer(folder: str, loader: str, prompt: torch.Tensor, new_tokens: int) -> dict[str, Any]:
+    """Greedy tokens, logits of all of them, and which module computes each packed layer."""
+    model = load(folder, loader)
+    layers = {
+        path: type(module).__module__
+        for path, module in model.named_modules()
+        if any(hasattr(module, name) for name in PACKED)
+    }
+    tokens = model.generate(
+        input_ids=prompt, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    with torch.no_grad():
+        logits = model(input_ids=tokens).logits.float()
+    return {"tokens": tokens[0].tolist(), "logits": logits[0].tolist(), "layers": layers}
+
+
+if __name__ == "__main__":
+    request = json.loads(sys.argv[1])
+    answers = {
+        folder: answer(folder, request["loader"], torch.tensor([prompt]), request["new_tokens"])
+        for folder, prompt in request["prompts"].items()
+    }
+    print(json.dumps(answers))

@@ -1,0 +1,139 @@
+"""The loaders of other projects read our folders and compute the same."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from autoround.formats.packed import PackedLinear
+from autoround.hub import load
+from tests.clients.environments import client_python
+from tests.formats.quantized import quantized, tiny_gpt2, tiny_llama
+
+pytestmark = [pytest.mark.clients, pytest.mark.slow]
+
+SCRIPT = Path(__file__).with_name("load_folders.py")
+NEW_TOKENS = 12
+# auto-round computes in float16: found were differences up to 0.03.
+TOLERANCE = 0.05
+
+Make = Callable[[], PreTrainedModel]
+
+
+def _llama_with_zero_points_of_0() -> PreTrainedModel:
+    """Groups without negative weights start at code 0."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.get_submodule("model.layers.0.mlp.down_proj").weight.abs_()
+    return model
+
+
+@dataclass(frozen=True)
+class Case:
+    """A folder, and the loader that reads it in an environment."""
+
+    loader: str
+    form: str
+    make: Make = tiny_llama
+    settings: dict[str, Any] = field(default_factory=dict)
+    backend: str = ""
+    environment: str = "auto-round"
+
+
+def _intel(form: str, make: Make = tiny_llama, **settings: Any) -> Case:
+    torch_backend = "qlinear_torch" if form == "auto_round:gptqmodel" else "qlinear_torch_zp"
+    return Case("auto_round", form, make, settings, f"auto_round_extension.torch.{torch_backend}")
+
+
+def _compressed(make: Make = tiny_llama, **settings: Any) -> Case:
+    return Case("transformers", "llm_compressor", make, settings, "torch.nn.modules.linear")
+
+
+CASES: dict[str, Case] = {
+    **{f"intel-sym-{bits}": _intel("auto_round", lambda: tiny_llama(bias=True), bits=bits) for bits in (2, 3, 4, 8)},
+    **{
+        f"intel-asym-{bits}": _intel("auto_round:gptqmodel", _llama_with_zero_points_of_0, bits=bits, sym=False)
+        for bits in (2, 3, 4, 8)
+    },
+    "intel-whole-rows": _intel("auto_round", group_size=-1),
+    "intel-mixed-groups": _intel("auto_round", group_size=64),
+    "intel-kept-layers": _intel("auto_round", lambda: tiny_llama(intermediate=80)),
+    "intel-tied-conv1d": _intel("auto_round", tiny_gpt2),
+    "intel-gptq": _intel("auto_gptq"),
+    "intel-gptq-kept-layers": _intel("auto_gptq", lambda: tiny_llama(intermediate=80), bits=3),
+    **{
+        f"compressed-{'sym' if sym else 'asym'}-{bits}": _compressed(lambda: tiny_llama(bias=True), bits=bits, sym=sym)
+        for bits in (2, 4, 8)
+        for sym in (True, False)
+    },
+    "compressed-whole-rows": _compressed(group_size=-1),
+    "compressed-mixed-groups": _compressed(_llama_with_zero_points_of_0, group_size=64, sym=False),
+    "compressed-kept-layers": _compressed(lambda: tiny_llama(intermediate=80)),
+    "compressed-bfloat16-scales": _compressed(scale_dtype="bfloat16"),
+}
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A written folder and what this package computes from it."""
+
+    folder: Path
+    model: PreTrainedModel
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        """A prompt and its greedy continuation, the most decided of 32, so that float16 does not change a token."""
+        prompts_BT = torch.stack((torch.arange(32), torch.full((32,), 17), torch.full((32,), 42)), dim=1)
+        output = self.model.generate(
+            prompts_BT, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0,
+            output_logits=True, return_dict_in_generate=True)  # fmt: skip
+        best, second = torch.stack(output.logits).topk(2).values.unbind(-1)
+        margins_B = (best - second).min(dim=0).values
+        assert margins_B.max() > 2 * TOLERANCE
+        return output.sequences[margins_B.argmax()].tolist()
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ours]:
+    root = tmp_path_factory.mktemp("clients")
+    folders = {
+        name: quantized(case.make(), case.form, **case.settings).write(case.form, root / name)
+        for name, case in CASES.items()
+    }
+    return {name: Ours(folder, load(folder, dtype="float32")) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def theirs(ours: dict[str, Ours]) -> dict[str, Any]:
+    """What the clients compute, by case; one process loads all folders of a loader."""
+    found: dict[str, Any] = {}
+    for loader, environment in sorted({(case.loader, case.environment) for case in CASES.values()}):
+        own = {name: ours[name] for name, case in CASES.items() if case.loader == loader}
+        python = client_python(environment)
+        if not python.exists():
+            pytest.fail(f"found no {python}; run: python tests/clients/environments.py")
+        prompts = {str(each.folder): each.tokens[:-NEW_TOKENS] for each in own.values()}
+        request = json.dumps({"loader": loader, "prompts": prompts, "new_tokens": NEW_TOKENS})
+        done = subprocess.run([python, SCRIPT, request], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        answers = json.loads(done.stdout.splitlines()[-1])
+        found |= {name: answers[str(each.folder)] for name, each in own.items()}
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_client_computes_the_same(name: str, ours: dict[str, Ours], theirs: dict[str, Any]) -> None:
+    own, answer = ours[name], theirs[name]
+    packed = [path for path, module in own.model.named_modules() if isinstance(module, PackedLinear)]
+    assert answer["layers"] == dict.fromkeys(packed, CASES[name].backend)
+    assert answer["tokens"] == own.tokens
+    with torch.no_grad():
+        logits_TV = own.model(torch.tensor([own.tokens])).logits[0]
+    torch.testing.assert_close(torch.tensor(answer["logits"]), logits_TV, rtol=0, atol=TOLERANCE)
