@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class PackedSource:
     def __init__(self, folder: Path, skeleton: PreTrainedModel, layout: Stored) -> None:
         self._where = str(folder)
         self._files, self._heads = read_headers(folder)
-        self._packed = _packed_layers(self._heads, layout)
+        self._packed = layout.layers(self._heads)
         taken = {f"{layer}.{kind}" for layer, kinds in self._packed.items() for kind in kinds}
         floats = [key for key in self._heads if key not in taken]
         weights = [f"{layer}.weight" for layer in self._packed]
@@ -71,9 +71,9 @@ class PackedSource:
     def packed(self, path: str, *, data: bool = True) -> dict[str, Tensor]:
         """The tensors of a packed layer by their last names."""
         layer = self.layers[path]
-        keys = {kind: f"{layer}.{kind}" for kind in self._packed[layer]}
         if not data:
-            return {kind: self._heads[key] for kind, key in keys.items()}
+            return self._packed[layer]
+        keys = {kind: f"{layer}.{kind}" for kind in self._packed[layer]}
         return {kind: read_tensor(self._files[key], key) for kind, key in keys.items()}
 
 
@@ -166,13 +166,3 @@ def _all_layers(skeleton: PreTrainedModel) -> list[Any]:
 
 def _most_common(specs: Iterable[QuantSpec]) -> QuantSpec:
     return Counter(specs).most_common(1)[0][0]
-
-
-def _packed_layers(heads: Mapping[str, Tensor], layout: Stored) -> dict[str, tuple[str, ...]]:
-    """Layer by its name in the checkpoint -> last names of its tensors."""
-    found: dict[str, list[str]] = {}
-    for name in heads:
-        layer, _, kind = name.rpartition(".")
-        if kind in (*layout.needed, *layout.optional):
-            found.setdefault(layer, []).append(kind)
-    return {layer: tuple(kinds) for layer, kinds in found.items() if layout.needed[0] in kinds}

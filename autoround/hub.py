@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -22,6 +22,7 @@ from autoround.errors import FormatError, ModelError
 from autoround.formats.packed import PackedLinear, StoredLinear
 from autoround.formats.stored import METHODS, Stored, stored
 from autoround.model.names import match_names
+from autoround.model.source import read_header
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -44,7 +45,7 @@ class PackedQuantizer(HfQuantizer):
         files = [Path(file) for file in checkpoint_files or ()]
         where = str(files[0].parent) if files else "model"
         layout = stored(self.quantization_config.to_dict(), where)
-        tensors = _packed_tensors(files, layout)
+        tensors = layout.layers({name: head for file in files for name, head in read_header(file).items()})
         if not tensors:
             raise FormatError(f"{where}: found no packed layers; needed tensors named {', '.join(layout.needed)}")
         names = match_names(model, (f"{key}.weight" for key in tensors), where)
@@ -153,18 +154,6 @@ def load(
             f"{path}: {cause}; needed a complete checkpoint folder or a hub name; check the path"
         ) from error
     return model
-
-
-def _packed_tensors(files: Iterable[Path], layout: Stored) -> dict[str, dict[str, Tensor]]:
-    """Layer name in the checkpoint -> its tensors by last name, without data, for every packed layer."""
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118  not a dict
-                layer, _, kind = name.rpartition(".")
-                if kind in (*layout.needed, *layout.optional):
-                    tensors.setdefault(layer, {})[kind] = handle.get_tensor(name).to("meta")
-    return {layer: own for layer, own in tensors.items() if layout.needed[0] in own}
 
 
 def _layer(linear: nn.Module, tensors: dict[str, Tensor], layout: Stored, path: str) -> nn.Module:

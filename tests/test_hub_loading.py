@@ -146,7 +146,7 @@ def test_load_leaves_no_trace(llama: Quantized, tmp_path: Path) -> None:
     load(folder)
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:-1])
-    with pytest.raises(ModelError, match="out: .*; needed a complete checkpoint folder"):
+    with pytest.raises(ModelError, match=r"out/model.safetensors: found a damaged or truncated file"):
         load(folder)
     assert before == [AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING]
 

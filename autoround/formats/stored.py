@@ -56,6 +56,15 @@ class Stored:
     zero_offset: int | None = None
     whole_rows: bool = False
 
+    def layers(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """The packed layers among a checkpoint's tensors: name of the layer -> its tensors by their last names."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            layer, _, kind = name.rpartition(".")
+            if kind in (*self.needed, *self.optional):
+                found.setdefault(layer, {})[kind] = tensor
+        return {layer: own for layer, own in found.items() if self.needed[0] in own}
+
     def spec(self, tensors: Mapping[str, Tensor], in_features: int, path: str) -> QuantSpec:
         """How a layer is stored, from the shapes of its tensors, which may be without data.
 

@@ -136,7 +136,7 @@ def read_headers(folder: Path) -> tuple[dict[str, Path], dict[str, Tensor]]:
     files: dict[str, Path] = {}
     heads: dict[str, Tensor] = {}
     for file in _weight_files(folder):
-        own = _read_header(file)
+        own = read_header(file)
         heads.update(own)
         files.update(dict.fromkeys(own, file))
     return files, heads
@@ -183,7 +183,7 @@ def _no_weights(folder: Path) -> ModelError:
     return ModelError(f"{folder}: found {found}; needed {WEIGHTS} or {INDEX}; {advice}")
 
 
-def _read_header(file: Path) -> dict[str, Tensor]:
+def read_header(file: Path) -> dict[str, Tensor]:
     """Meta tensors of a file's contents; safetensors checks the header against the file's size."""
     try:
         with safe_open(file, framework="pt") as handle:

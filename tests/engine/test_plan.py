@@ -159,7 +159,7 @@ def test_formats_that_come_later_are_checked_against_the_plan() -> None:
     refusals = {
         "needed 128 as elsewhere": (mixed, UNIFORM),
         "found group_size 64; needed one of 128": (mixed, FormatRules(name="one", group_sizes=(128,))),
-        "found shape 64x576; needed multiples of 256": (mixed, FormatRules(name="wide", multiple=256)),
+        "64x576 is not a multiple of 256": (mixed, FormatRules(name="wide", multiple=256)),
         "found bits 4; needed one of 8": (mixed, FormatRules(name="eight", bits=(8,))),
         "found scale_dtype float32; needed float16": (
             resolve(QuantSpec(scale_dtype="fp32"), "fit", structure(128), [FREE]),
