@@ -5,10 +5,12 @@ Usage: load_folders.py REQUEST; REQUEST is JSON: {"loader": name, "prompts": {fo
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 # By which of their tensors packed layers are known.
 PACKED = ("qweight", "weight_packed")
@@ -25,7 +27,27 @@ def load(folder: str, loader: str) -> Any:
         from gptqmodel import GPTQModel
 
         return GPTQModel.load(folder, device="cpu").model
+    if loader == "compressed_tensors":
+        return decompressed(Path(folder))
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+
+def decompressed(folder: Path) -> Any:
+    """A dense model with the weights that the library compressed-tensors reads from a folder's packed layers."""
+    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    config = json.loads((folder / "config.json").read_text())
+    groups = config.pop("quantization_config")["config_groups"].values()
+    tensors = load_file(folder / "model.safetensors")
+    for layer in [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]:
+        own = {name.rpartition(".")[2]: tensors.pop(name) for name in list(tensors) if name.startswith(f"{layer}.")}
+        (group,) = [group for group in groups if "Linear" in group["targets"] or layer in group["targets"]]
+        weights = PackedQuantizationCompressor.decompress(own, QuantizationScheme(**group))
+        tensors |= {f"{layer}.{name}": weights[name] for name in ("weight", "bias") if name in weights}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    model.load_state_dict(tensors)
+    return model.eval()
 
 
 def answer(folder: str, loader: str, prompt: torch.Tensor, new_tokens: int) -> dict[str, Any]:

@@ -53,7 +53,11 @@ def _intel(form: str, make: Make = tiny_llama, **settings: Any) -> Case:
 
 
 def _compressed(make: Make = tiny_llama, **settings: Any) -> Case:
-    return Case("transformers", "llm_compressor", make, settings, "torch.nn.modules.linear")
+    """Through transformers where the codes are symmetric; its loader expects unpacked zero points and refuses the
+    packed ones that compressed-tensors 0.20 itself writes, so that the library reads asymmetric ones here."""
+    if settings.get("sym", True):
+        return Case("transformers", "llm_compressor", make, settings, "torch.nn.modules.linear")
+    return Case("compressed_tensors", "llm_compressor", make, settings)
 
 
 CASES: dict[str, Case] = {
@@ -132,7 +136,7 @@ def theirs(ours: dict[str, Ours]) -> dict[str, Any]:
 def test_the_client_computes_the_same(name: str, ours: dict[str, Ours], theirs: dict[str, Any]) -> None:
     own, answer = ours[name], theirs[name]
     packed = [path for path, module in own.model.named_modules() if isinstance(module, PackedLinear)]
-    assert answer["layers"] == dict.fromkeys(packed, CASES[name].backend)
+    assert answer["layers"] == (dict.fromkeys(packed, CASES[name].backend) if CASES[name].backend else {})
     assert answer["tokens"] == own.tokens
     with torch.no_grad():
         logits_TV = own.model(torch.tensor([own.tokens])).logits[0]
