@@ -42,7 +42,7 @@ BLOCK_SECONDS = re.compile(r"^block \d+/\d+ .*?  ([\d.]+) s", re.MULTILINE)
 class Cost(NamedTuple):
     """Of one command: wall time in seconds, and peak resident memory in GB of the process and with its children.
 
-    The children are C++ compilers.
+    The children are C++ compilers; what they share with the process counts once.
     """
 
     seconds: float
@@ -88,7 +88,7 @@ def measure(command: list[str], log: Path) -> Cost:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rss = process.memory_info().rss
                 own = max(own, rss)
-                tree = max(tree, rss + sum(_rss(child) for child in process.children(recursive=True)))
+                tree = max(tree, rss + sum(_unshared(child) for child in process.children(recursive=True)))
             time.sleep(POLL_SECONDS)
         seconds = time.monotonic() - start
     if process.returncode:
@@ -102,10 +102,11 @@ def compilation_seconds(log: Path) -> float:
     return first - statistics.median(others)
 
 
-def _rss(process: psutil.Process) -> int:
+def _unshared(process: psutil.Process) -> int:
+    """Memory of a process alone: between fork and exec it shares all of its parent's."""
     try:
-        return int(process.memory_info().rss)
-    except psutil.NoSuchProcess:
+        return int(process.memory_full_info().uss)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
         return 0
 
 
