@@ -1,5 +1,6 @@
 """The layout ``auto_awq``: AWQ tensors, version "gemm"."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,8 @@ class AutoAwq:
     def config(self, plan: Plan) -> dict[str, Any]:
         """``zero_point`` is true for symmetric codes too: their zero points are in the file, and some loaders insist.
 
-        ``modules_to_not_convert`` holds whole paths, because loaders compare parts of names.
+        Kept layers are named twice: as whole paths in ``modules_to_not_convert``, of which some loaders compare parts,
+        and by exclusion (``dynamic``) for GPTQModel, which does not read the former.
         """
         config: dict[str, Any] = {
             "quant_method": "awq",
@@ -47,6 +49,7 @@ class AutoAwq:
         }
         if kept := [layer.shape.path for layer in plan.layers.values() if layer.spec is None]:
             config["modules_to_not_convert"] = kept
+            config["dynamic"] = {f"-:^{re.escape(path)}$": {} for path in kept}
         return config
 
 

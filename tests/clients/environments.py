@@ -31,6 +31,19 @@ ENVIRONMENTS = {
         needs=(*_TORCH, "compressed-tensors==0.20.0", "py-cpuinfo", "numba", "threadpoolctl", "pydantic"),
         alone=("auto-round==0.16.1",),
     ),
+    # Its metadata asks for a newer torch, with which it is not needed: it runs on this one.
+    "gptqmodel": Environment(
+        needs=(*_TORCH, "threadpoolctl", "requests", "jinja2", "protobuf", "pillow", "ninja"),
+        alone=(
+            "gptqmodel==7.7.0",
+            "pypcre==0.6.4",
+            "tokenicer==0.0.14",
+            "logbar==0.4.15",
+            "device-smi==0.5.7",
+            "defuser==0.0.28",
+            "torchao==0.18.0",
+        ),
+    ),
 }
 
 

@@ -5,6 +5,7 @@ Usage: load_folders.py REQUEST; REQUEST is JSON: {"loader": name, "prompts": {fo
 
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def load(folder: str, loader: str) -> Any:
     if loader == "gptqmodel":
         from gptqmodel import GPTQModel
 
-        return GPTQModel.load(folder, device="cpu").model
+        return GPTQModel.load(folder, device="cpu", dtype=torch.float16).model
     if loader == "compressed_tensors":
         return decompressed(Path(folder))
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
@@ -51,6 +52,14 @@ def decompressed(folder: Path) -> Any:
 
 
 def answer(folder: str, loader: str, prompt: torch.Tensor, new_tokens: int) -> dict[str, Any]:
+    """What ``compute`` finds, or the error of the client."""
+    try:
+        return compute(folder, loader, prompt, new_tokens)
+    except Exception:  # noqa: BLE001  whatever it is, it is the answer
+        return {"error": traceback.format_exc()}
+
+
+def compute(folder: str, loader: str, prompt: torch.Tensor, new_tokens: int) -> dict[str, Any]:
     """Greedy tokens, logits of all of them, and which module computes each packed layer."""
     model = load(folder, loader)
     layers = {

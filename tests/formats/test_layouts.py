@@ -245,6 +245,7 @@ def test_config_of_auto_awq() -> None:
         "group_size": 32,
         "zero_point": True,
         "modules_to_not_convert": ["model.layers.1.a"],
+        "dynamic": {r"-:^model\.layers\.1\.a$": {}},
     }
 
 
