@@ -36,6 +36,7 @@ ENVIRONMENTS = {
         needs=(*_TORCH, "threadpoolctl", "requests", "jinja2", "protobuf", "pillow", "ninja"),
         alone=(
             "gptqmodel==7.7.0",
+            "optimum==2.3.0",
             "pypcre==0.6.4",
             "tokenicer==0.0.14",
             "logbar==0.4.15",

@@ -60,6 +60,11 @@ def _gptqmodel(form: str, make: Make = tiny_llama, **settings: Any) -> Case:
     return Case("gptqmodel", form, make, settings, "gptqmodel.nn_modules.qlinear.", "gptqmodel")
 
 
+def _transformers(form: str, make: Make = tiny_llama, **settings: Any) -> Case:
+    """With the packages that transformers asks for to read these layouts: optimum and GPTQModel."""
+    return Case("transformers", form, make, settings, "gptqmodel.nn_modules.qlinear.", "gptqmodel")
+
+
 def _compressed(make: Make = tiny_llama, **settings: Any) -> Case:
     """Through transformers where the codes are symmetric; its loader expects unpacked zero points and refuses the
     packed ones that compressed-tensors 0.20 itself writes, so that the library reads asymmetric ones here."""
@@ -98,6 +103,17 @@ CASES: dict[str, Case] = {
     "gptqmodel-awq-sym": _gptqmodel("auto_awq", lambda: tiny_llama(bias=True)),
     "gptqmodel-awq-asym": _gptqmodel("auto_awq", _llama_with_zero_points_of_0, sym=False),
     "gptqmodel-awq-kept-layers": _gptqmodel("auto_awq", lambda: tiny_llama(intermediate=80)),
+    **{
+        f"transformers-gptq-{'sym' if sym else 'asym'}-{bits}": _transformers(
+            "auto_gptq", lambda: tiny_llama(bias=True), bits=bits, sym=sym
+        )
+        for bits in (2, 3, 4, 8)
+        for sym in (True, False)
+    },
+    "transformers-gptq-kept-layers": _transformers("auto_gptq", lambda: tiny_llama(intermediate=80)),
+    "transformers-awq-sym": _transformers("auto_awq", lambda: tiny_llama(bias=True)),
+    "transformers-awq-asym": _transformers("auto_awq", _llama_with_zero_points_of_0, sym=False),
+    "transformers-awq-kept-layers": _transformers("auto_awq", lambda: tiny_llama(intermediate=80)),
     "compressed-whole-rows": _compressed(group_size=-1),
     "compressed-mixed-groups": _compressed(_llama_with_zero_points_of_0, group_size=64, sym=False),
     "compressed-kept-layers": _compressed(lambda: tiny_llama(intermediate=80)),
@@ -142,7 +158,9 @@ def theirs(ours: dict[str, Ours]) -> dict[str, Any]:
     """What the clients compute, by case; one process loads all folders of a loader."""
     found: dict[str, Any] = {}
     for loader, environment in sorted({(case.loader, case.environment) for case in CASES.values()}):
-        own = {name: ours[name] for name, case in CASES.items() if case.loader == loader}
+        own = {
+            name: ours[name] for name, case in CASES.items() if (case.loader, case.environment) == (loader, environment)
+        }
         python = client_python(environment)
         if not python.exists():
             pytest.fail(f"found no {python}; run: python tests/clients/environments.py")
