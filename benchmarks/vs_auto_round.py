@@ -3,7 +3,7 @@
 For each seed both quantize the dithered SmolLM2 on the same rows of text, as whole processes with cold compile
 caches; wall time and peak memory are those of the processes. Both results are then loaded by the same code and
 scored on the same held-out tokens. Run ``python benchmarks/vs_auto_round.py``; the environment of auto-round is
-made by ``make clients``.
+made by ``make client-environments``.
 """
 
 import argparse

@@ -51,6 +51,16 @@ class Case:
     environment: str = "auto-round"
 
 
+# Loader and environment -> who that is.
+CLIENTS = {
+    ("auto_round", "auto-round"): "auto-round 0.16.1",
+    ("transformers", "auto-round"): "transformers 5.23 with compressed-tensors 0.20",
+    ("compressed_tensors", "auto-round"): "compressed-tensors 0.20",
+    ("gptqmodel", "gptqmodel"): "GPTQModel 7.7",
+    ("transformers", "gptqmodel"): "transformers 5.23 with optimum 2.3 and GPTQModel 7.7",
+}
+
+
 def _intel(form: str, make: Make = tiny_llama, **settings: Any) -> Case:
     torch_backend = "qlinear_torch" + ("" if form == "auto_round:gptqmodel" else "_zp")
     return Case("auto_round", form, make, settings, f"auto_round_extension.torch.{torch_backend}")
