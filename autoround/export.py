@@ -8,7 +8,7 @@ from typing import Any
 from autoround.convert import open_quantized
 from autoround.errors import JournalError
 from autoround.formats.contents import BlockCodes, Contents
-from autoround.formats.registry import get_format, rules
+from autoround.formats.registry import get_format, resolve_name, rules
 from autoround.formats.writer import check_folder, parse_size, write_checkpoint
 from autoround.journal import MANIFEST, ORIGIN, Journal, digest, read_manifest
 from autoround.model.blocks import structure
@@ -65,7 +65,7 @@ def write_formats(
     Raises:
         AutoRoundError: see ``write_checkpoint``.
     """
-    names = tuple(rules(name).name for name in target.formats)
+    names = tuple(map(resolve_name, target.formats))
     several = len(names) > 1
     folders = tuple(target.folder / name.replace(":", "_") if several else target.folder for name in names)
     for name, folder in zip(names, folders, strict=True):

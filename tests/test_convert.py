@@ -65,6 +65,14 @@ def test_tied_heads_and_conv1d(tmp_path: Path) -> None:
         convert(source, "auto_awq", tmp_path / "awq")
 
 
+def test_no_file_of_the_old_layout_is_left(tmp_path: Path) -> None:
+    """Some loaders believe a quantize_config.json before they read config.json."""
+    source = quantized(tiny_llama(), "auto_gptq").write("auto_gptq", tmp_path / "source")
+    (source / "chat_template.jinja").write_text("mine")
+    found = {path.name for path in convert(source, "llm_compressor", tmp_path / "out").iterdir()}
+    assert found == {"config.json", "generation_config.json", "model.safetensors", "chat_template.jinja"}
+
+
 def test_the_dense_weights(tmp_path: Path) -> None:
     tiny = quantized(tiny_llama(), "auto_gptq", bits=3)
     found = convert(tiny.write("auto_gptq", tmp_path / "source"), "fake", tmp_path / "dense")

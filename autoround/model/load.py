@@ -24,6 +24,8 @@ from autoround.model.skeleton import build_skeleton, copy_skeleton
 from autoround.model.source import INDEX, ModuleSource, SafetensorsSource, WeightSource
 
 CONFIG = "config.json"
+# Written anew with every checkpoint; the last three are where loaders look for the quantization of a folder.
+_REWRITTEN = (CONFIG, INDEX, "quantize_config.json", "quant_config.json", "quantization_config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ class OpenModel:
         if self.folder is None or self.gguf_file is not None:
             return ()
         files = {file for pattern in SIDE_FILES for file in self.folder.glob(pattern)}
-        return tuple(sorted(file for file in files if file.name not in (CONFIG, INDEX) and file.is_file()))
+        return tuple(sorted(file for file in files if file.name not in _REWRITTEN and file.is_file()))
 
 
 def open_model(
