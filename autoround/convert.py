@@ -127,13 +127,13 @@ def open_quantized(folder: Path, *, trust_remote_code: bool = False) -> Quantize
     config = folder_config(folder, trust_remote_code=trust_remote_code, quantized=True)
     skeleton = build_skeleton(config, str(folder), trust_remote_code=trust_remote_code)
     source = PackedSource(folder, skeleton, layout)
-    shapes = {layer.path: layer for layer in _all_layers(skeleton)}
+    shape = structure(skeleton)
+    layers = {layer.path: layer for block in shape.blocks for layer in block.layers}
     specs = {}
     for path in source.layers:
-        if path not in shapes:
+        if path not in layers:
             raise FormatError(f"{folder}: found packed tensors of {path}; needed those of linear layers in blocks")
-        spec = layout.spec(source.packed(path, data=False), shapes[path].in_features, path)
-        specs[path] = spec
+        specs[path] = layout.spec(source.packed(path, data=False), layers[path].in_features, path)
     if quantization.get("sym", layout.name == "auto_awq" and _has_midpoints_only(source)):
         specs = {path: replace(spec, sym=True) for path, spec in specs.items()}
     if not specs:
@@ -141,7 +141,7 @@ def open_quantized(folder: Path, *, trust_remote_code: bool = False) -> Quantize
     model = OpenModel(
         name=str(folder), skeleton=skeleton, config=config, source=source, folder=folder,
         trust_remote_code=trust_remote_code)  # fmt: skip
-    plan = recorded(structure(skeleton), _most_common(specs.values()), specs)
+    plan = recorded(shape, _most_common(specs.values()), specs)
     return QuantizedModel(model=model, plan=plan, source=source, layout=layout)
 
 
@@ -158,10 +158,6 @@ def _settings(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return settings
-
-
-def _all_layers(skeleton: PreTrainedModel) -> list[Any]:
-    return [layer for block in structure(skeleton).blocks for layer in block.layers]
 
 
 def _most_common(specs: Iterable[QuantSpec]) -> QuantSpec:

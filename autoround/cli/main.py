@@ -90,7 +90,10 @@ def main(argv: Sequence[str] | None = None, preset: str = "default", *, quantize
     try:
         command = parse(words, preset)
         _check(command.recipe)
-        _work(command, quantize or _engine())
+        if command.source:
+            print("\n".join(map(str, _export(command))))
+        else:
+            _work(command, quantize or _engine())
     except (AutoRoundError, OSError) as error:
         if "--debug" in words:
             raise
@@ -124,9 +127,6 @@ def _work(command: Command, quantize: Quantize) -> None:
     from autoround.cli.show import show_plan
 
     recipe = command.recipe
-    if command.source:
-        print("\n".join(map(str, _export(command))))
-        return
     with display(sys.stderr) as screen, logged(screen.note, debug=command.debug):
         if command.dry_run:
             result = show_plan(quantize(recipe.model, recipe).plan)

@@ -1,13 +1,12 @@
 """The layout ``auto_awq``: AWQ tensors, version "gemm"."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from autoround.formats import awq_layout
+from autoround.formats import awq_layout, gptq_layout
 from autoround.formats.rules import RULES
 from autoround.func.types import IntCodes
 from autoround.plan import FormatRules, Plan
@@ -49,7 +48,7 @@ class AutoAwq:
         }
         if kept := [layer.shape.path for layer in plan.layers.values() if layer.spec is None]:
             config["modules_to_not_convert"] = kept
-            config["dynamic"] = {f"-:^{re.escape(path)}$": {} for path in kept}
+            config["dynamic"] = gptq_layout.exclusions(kept)
         return config
 
 

@@ -1,14 +1,11 @@
 """The layout ``auto_gptq``: GPTQ tensors with g_idx, version 1 (``checkpoint_format: gptq``) or 2 (``gptq_v2``)."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from autoround.errors import FormatError
 from autoround.formats import gptq_layout
 from autoround.formats.rules import RULES
 from autoround.func.types import IntCodes
@@ -34,8 +31,7 @@ class AutoGptq:
         return self
 
     def pack(self, codes: IntCodes, spec: QuantSpec) -> dict[str, Tensor]:
-        if codes.scale_OG.dtype != torch.float16:
-            raise FormatError(f"found {codes.scale_OG.dtype} scales; needed float16; use --scale_dtype float16")
+        gptq_layout.check_half_scales(codes)
         tensors = gptq_layout.pack_layer(codes, spec, zero_offset=self._zero_offset)
         return tensors | {"g_idx": gptq_layout.g_idx(codes, spec)}
 
@@ -60,7 +56,7 @@ class AutoGptq:
         }
         kept = [layer.shape.path for block in plan.blocks for layer in block.layers if layer.spec is None]
         if kept:
-            config["dynamic"] = {f"-:^{re.escape(path)}$": {} for path in kept}
+            config["dynamic"] = gptq_layout.exclusions(kept)
             allowed = {tuple(block.specs) for block in plan.blocks}
             if len(allowed) == 1:
                 config["modules_in_block_to_quantize"] = [list(*allowed)]

@@ -11,11 +11,10 @@ Legend: O output features, I input features, G groups in a row.
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from autoround.errors import FormatError
 from autoround.formats.bits import pack_stream, unpack_stream
+from autoround.formats.gptq_layout import check_half_scales
 from autoround.func.types import IntCodes
 
 BITS = 4
@@ -31,8 +30,7 @@ def pack_layer(codes: IntCodes) -> dict[str, Tensor]:
     Raises:
         FormatError: scales are not float16.
     """
-    if codes.scale_OG.dtype != torch.float16:
-        raise FormatError(f"found {codes.scale_OG.dtype} scales; needed float16; use --scale_dtype float16")
+    check_half_scales(codes)
     return {
         "qweight": pack_stream(_pick(codes.q_OI.t(), COLUMN_OF_NIBBLE), BITS),
         "qzeros": pack_stream(_pick(codes.zero_OG.t(), COLUMN_OF_NIBBLE), BITS),

@@ -9,7 +9,9 @@ Legend: O output features, I input features, G groups in a row.
 | scales  | scale dtype | (G, O)             |
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +53,25 @@ def unpack_layer(tensors: Mapping[str, Tensor], spec: QuantSpec, *, zero_offset:
         scale_OG=tensors["scales"].t(),
         zero_OG=(unpack_stream(tensors["qzeros"], spec.bits).to(torch.int16) + zero_offset).to(torch.uint8).t(),
     )
+
+
+def check_half_scales(codes: IntCodes) -> None:
+    """Refuse scales that GPTQ and AWQ loaders do not take.
+
+    Raises:
+        FormatError: scales are not float16.
+    """
+    if codes.scale_OG.dtype != torch.float16:
+        raise FormatError(f"found {codes.scale_OG.dtype} scales; needed float16; use --scale_dtype float16")
+
+
+def exclusions(paths: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The ``dynamic`` setting of a quantization config that leaves layers out, as GPTQModel reads it.
+
+    >>> exclusions(["lm_head"])
+    {'-:^lm_head$': {}}
+    """
+    return {f"-:^{re.escape(path)}$": {} for path in paths}
 
 
 def g_idx(codes: IntCodes, spec: QuantSpec) -> Tensor:
