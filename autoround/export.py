@@ -14,6 +14,7 @@ from autoround.journal import MANIFEST, ORIGIN, Journal, digest, read_manifest
 from autoround.model.blocks import structure
 from autoround.model.load import OpenModel, open_model
 from autoround.plan import Plan, check_format, recorded
+from autoround.recipe import Recipe
 from autoround.spec import QuantSpec
 
 
@@ -118,7 +119,7 @@ def export_journal(
     *,
     model: Any = None,
     tokenizer: Any = None,
-    token: str | None = None,
+    recipe: Recipe | None = None,
     on_format: Callable[[str, Path], None] = lambda name, folder: None,
 ) -> tuple[Path, ...]:
     """Write checkpoints from a finished journal, without the run that made it.
@@ -128,7 +129,8 @@ def export_journal(
         target: where to, and which formats, each able to hold the codes.
         model: the float model that was quantized; where it came from then when None.
         tokenizer: for a model in memory.
-        token: for a private hub model.
+        recipe: its revision, cache_dir, token and trust_remote_code tell how to open the model; those of the run that
+            made the journal hold where they are not given.
         on_format: called with name and folder before each format is written.
 
     Returns:
@@ -146,13 +148,13 @@ def export_journal(
     kept = manifest.get(ORIGIN) or {}
     if model is None and not kept:
         raise JournalError(f"{folder}: found the codes of a model in memory; needed that model; pass it as --model")
-    options = kept if model is None or model == kept.get("model") else {}
+    options, given = kept if model is None or model == kept.get("model") else {}, recipe or Recipe()
     opened = open_model(
         options.get("model", model),
-        revision=options.get("revision"),
-        cache_dir=options.get("cache_dir"),
-        trust_remote_code=options.get("trust_remote_code", False),
-        token=token,
+        revision=given.revision or options.get("revision"),
+        cache_dir=given.cache_dir or options.get("cache_dir"),
+        trust_remote_code=given.trust_remote_code or options.get("trust_remote_code", False),
+        token=given.token,
         tokenizer=tokenizer,
     )
     plan = _planned(manifest, opened)

@@ -160,7 +160,7 @@ def _export(command: Command) -> tuple[Path, ...]:
 
         if (Path(command.source) / "config.json").is_file():
             return export_checkpoint(command.source, target, trust_remote_code=recipe.trust_remote_code, on_format=tell)
-        return export_journal(command.source, target, model=recipe.model or None, token=recipe.token, on_format=tell)
+        return export_journal(command.source, target, model=recipe.model or None, recipe=recipe, on_format=tell)
 
 
 def _fail(name: str, error: AutoRoundError | OSError) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from autoround.cli.main import main
-from autoround.errors import FormatError, JournalError, UsageError
+from autoround.errors import FormatError, JournalError, ModelError, UsageError
 from autoround.export import Target, export_journal
 from autoround.hub import load
 from autoround.journal import MANIFEST
@@ -76,6 +76,29 @@ def test_a_model_that_moved_and_another_one(source: Path, tmp_path: Path) -> Non
     make(seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(JournalError, match="other: found other weights than those that were quantized"):
         export_journal(run.journal_folder, target(tmp_path / "2", "fake"), model=tmp_path / "other")
+
+
+def test_flags_win_over_how_the_model_was_opened_then(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, asked = tune(source, tmp_path, "rtn", revision="v1", cache_dir="here"), []
+
+    def refuse(model: str, **settings: object) -> None:
+        asked.append({"model": model, **settings})
+        raise ModelError("asked")
+
+    monkeypatch.setattr("autoround.export.open_model", refuse)
+    words = ["export", str(run.journal_folder), "--format", "fake", "--output_dir", str(tmp_path / "late")]
+    assert main(words) == 1
+    assert main([*words, "--revision", "v2", "--token", "hf_secret", "--trust_remote_code"]) == 1
+    assert main([*words, "--model", "org/other", "--cache_dir", "there"]) == 1
+    then = {"model": str(source), "revision": "v1", "cache_dir": "here", "token": None, "trust_remote_code": False}
+    expected = [
+        then,
+        then | {"revision": "v2", "token": "hf_secret", "trust_remote_code": True},
+        then | {"model": "org/other", "revision": None, "cache_dir": "there"},
+    ]
+    assert asked == [each | {"tokenizer": None} for each in expected]
 
 
 def test_a_run_goes_on_with_a_model_that_moved(source: Path, tmp_path: Path) -> None:
