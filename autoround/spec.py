@@ -1,7 +1,10 @@
-"""How one weight is stored: bits, group size, symmetry and the dtype of its scales. Torch-free."""
+"""How one weight is stored: as integers with a scale per group, or in the blocks of a GGUF type. Torch-free."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import NamedTuple, TypeAlias
 
 from autoround.errors import UsageError
 
@@ -109,3 +112,111 @@ class QuantSpec:
     def __str__(self) -> str:
         group = "" if self.group_size == WHOLE_ROW else str(self.group_size)
         return f"W{self.bits}A16G{group or -1}{'' if self.sym else '_ASYM'}"
+
+
+class BlockLayout(NamedTuple):
+    """What the blocks of a GGUF type hold.
+
+    Attributes:
+        bits: width of a code.
+        group_size: consecutive columns that share a scale.
+        groups: in a block.
+        sym: codes are relative to ``2**(bits-1)``; otherwise every group has a minimum.
+        scale_bits: width of a group's scale and minimum, which the block's float16 factors multiply; signed on symmetric
+            grids; 0 where a block is one group and the factors are all there is.
+        nbytes: size of a block in the file.
+    """
+
+    bits: int
+    group_size: int
+    groups: int
+    sym: bool
+    scale_bits: int
+    nbytes: int
+
+
+# llama.cpp's k-quants and the types before them (ggml-common.h).
+GGUF_TYPES: Mapping[str, BlockLayout] = MappingProxyType({
+    "q4_0": BlockLayout(4, 32, 1, True, 0, 18),
+    "q4_1": BlockLayout(4, 32, 1, False, 0, 20),
+    "q5_0": BlockLayout(5, 32, 1, True, 0, 22),
+    "q5_1": BlockLayout(5, 32, 1, False, 0, 24),
+    "q8_0": BlockLayout(8, 32, 1, True, 0, 34),
+    "q2_k": BlockLayout(2, 16, 16, False, 4, 84),
+    "q3_k": BlockLayout(3, 16, 16, True, 6, 110),
+    "q4_k": BlockLayout(4, 32, 8, False, 6, 144),
+    "q5_k": BlockLayout(5, 32, 8, False, 6, 176),
+    "q6_k": BlockLayout(6, 16, 16, True, 8, 210),
+})  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufSpec:
+    """Storage of one weight in blocks of a GGUF type.
+
+    Attributes:
+        type: one of ``GGUF_TYPES``.
+
+    Raises:
+        UsageError: another type.
+
+    >>> GgufSpec(type="q4_k").layout.group_size
+    32
+    """
+
+    type: str
+
+    def __post_init__(self) -> None:
+        if self.type not in GGUF_TYPES:
+            raise UsageError(f"GGUF type: found {self.type!r}; needed one of {', '.join(GGUF_TYPES)}")
+
+    @property
+    def layout(self) -> BlockLayout:
+        """What its blocks hold."""
+        return GGUF_TYPES[self.type]
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+        return self.layout.bits
+
+    @property
+    def group_size(self) -> int:
+        """Consecutive columns that share a scale."""
+        return self.layout.group_size
+
+    @property
+    def sym(self) -> bool:
+        """Whether codes are relative to a midpoint."""
+        return self.layout.sym
+
+    @property
+    def code_max(self) -> int:
+        """Largest unsigned code, ``2**bits - 1``."""
+        return (1 << self.bits) - 1
+
+    @property
+    def midpoint(self) -> int:
+        """What symmetric codes are relative to, ``2**(bits-1)``."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def block_columns(self) -> int:
+        """Columns of a block: 32 or 256."""
+        return self.layout.group_size * self.layout.groups
+
+    def group_of(self, in_features: int) -> int:
+        """Columns per group of a row with ``in_features`` columns.
+
+        Raises:
+            UsageError: the row does not split into whole blocks.
+        """
+        if in_features % self.block_columns:
+            raise UsageError(f"in_features {in_features} is not a multiple of {self.block_columns}, a block of {self}")
+        return self.layout.group_size
+
+    def __str__(self) -> str:
+        return self.type.upper()
+
+
+WeightSpec: TypeAlias = QuantSpec | GgufSpec

@@ -2,6 +2,7 @@
 
 Dimension suffixes used all over this package:
     O  output features    I  input features    G  groups in a row    S  columns in a group
+    K  blocks of groups in a row (GGUF types)
     N  samples            B  samples in a batch    T  tokens    D  hidden size
 """
 
@@ -53,6 +54,42 @@ class IntCodes(NamedTuple):
     zero_OG: Tensor
 
 
+class SymBlockCodes(NamedTuple):
+    """A weight in symmetric GGUF blocks: ``weight = (d * scale) * (q - 2**(bits-1))``.
+
+    Q3_K and Q6_K; with all scales 1 also Q4_0, Q5_0 and Q8_0.
+
+    Attributes:
+        q_OI: uint8 in [0, 2**bits - 1].
+        scale_OG: int8 in [-2**(scale_bits-1), 2**(scale_bits-1) - 1].
+        d_OK: float16 of either sign.
+    """
+
+    q_OI: Tensor
+    scale_OG: Tensor
+    d_OK: Tensor
+
+
+class AsymBlockCodes(NamedTuple):
+    """A weight in asymmetric GGUF blocks: ``weight = (d * scale) * q - (dmin * min)``.
+
+    Q2_K, Q4_K and Q5_K; with all scales and minima 1 also Q4_1 and Q5_1, whose files hold ``m = -dmin``.
+
+    Attributes:
+        q_OI: uint8 in [0, 2**bits - 1].
+        scale_OG: uint8 in [0, 2**scale_bits - 1].
+        min_OG: uint8 in [0, 2**scale_bits - 1].
+        d_OK: float16, >= 0.
+        dmin_OK: float16, >= 0 for Q2_K, Q4_K and Q5_K.
+    """
+
+    q_OI: Tensor
+    scale_OG: Tensor
+    min_OG: Tensor
+    d_OK: Tensor
+    dmin_OK: Tensor
+
+
 class Call(NamedTuple):
     """The arguments of one call of a block: positional and keyword, tensors or constants."""
 
@@ -86,6 +123,7 @@ class BlockWeights(NamedTuple):
     frozen: dict[str, Tensor]
 
 
+Codes: TypeAlias = IntCodes | SymBlockCodes | AsymBlockCodes
 Params: TypeAlias = dict[str, RoundingParams]
 Tensors: TypeAlias = Mapping[str, Tensor]
 BlockFunction: TypeAlias = Callable[[Tensors, Call], Tensor]
