@@ -122,8 +122,8 @@ class BlockLayout(NamedTuple):
         group_size: consecutive columns that share a scale.
         groups: in a block.
         sym: codes are relative to ``2**(bits-1)``; otherwise every group has a minimum.
-        scale_bits: width of a group's scale and minimum, which the block's float16 factors multiply; signed on symmetric
-            grids; 0 where a block is one group and the factors are all there is.
+        scale_bits: width of a group's scale and minimum, which the block's float16 factors multiply; signed if
+            symmetric; 0 where a block is one group and the factors are all there is.
         nbytes: size of a block in the file.
     """
 
