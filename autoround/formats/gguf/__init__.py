@@ -1,0 +1,1 @@
+"""GGUF files: blocks of codes, and the type that llama.cpp gives each tensor."""
