@@ -45,6 +45,8 @@ ENVIRONMENTS = {
             "torchao==0.18.0",
         ),
     ),
+    # llama.cpp, built for CPUs: one wheel that needs nothing; both installations must name something.
+    "llama-cpp": Environment(needs=("pip",), alone=("xllamacpp==2026.10.11549",)),
 }
 
 
