@@ -94,14 +94,14 @@ class QuantizedModel:
     layout: Stored
 
     def read_block(self, index: int) -> dict[str, IntCodes]:
-        """Codes of a block's layers by path relative to the block.
+        """Codes of the layers of a part of the plan by path relative to it.
 
         Raises:
             FormatError: the columns of a layer are not in order; names it.
         """
-        block, codes = self.plan.blocks[index], {}
-        for relative, spec in block.specs.items():
-            path = f"{block.path}.{relative}"
+        part, codes = self.plan.parts[index], {}
+        for relative, spec in part.specs.items():
+            path = f"{part.prefix}{relative}"
             try:
                 codes[relative] = self.layout.codes(self.source.packed(path), spec)
             except FormatError as error:
@@ -129,10 +129,11 @@ def open_quantized(folder: Path, *, trust_remote_code: bool = False) -> Quantize
     source = PackedSource(folder, skeleton, layout)
     shape = structure(skeleton)
     layers = {layer.path: layer for block in shape.blocks for layer in block.layers}
+    layers |= {layer.path: layer for layer in shape.outside}
     specs = {}
     for path in source.layers:
         if path not in layers:
-            raise FormatError(f"{folder}: found packed tensors of {path}; needed those of linear layers in blocks")
+            raise FormatError(f"{folder}: found packed tensors of {path}; needed those of linear layers")
         specs[path] = layout.spec(source.packed(path, data=False), layers[path].in_features, path)
     if quantization.get("sym", layout.name == "auto_awq" and _has_midpoints_only(source)):
         specs = {path: replace(spec, sym=True) for path, spec in specs.items()}

@@ -19,12 +19,13 @@ from autoround.formats.writer import check_folder, parse_size
 from autoround.journal import MANIFEST, Journal, digest, open_journal, read_manifest
 from autoround.model.blocks import structure
 from autoround.model.capture import CallTemplate, capture
+from autoround.model.finish import Ending, head_path, mean_square, read_weight
 from autoround.model.load import open_model
 from autoround.model.read import read_block
-from autoround.plan import Plan, resolve
+from autoround.plan import Plan, check_head, resolve
 from autoround.progress import BlockDone, Meter, Progress
 from autoround.recipe import Recipe
-from autoround.tuner import BlockTuner, Inputs, Stream
+from autoround.tuner import MOMENT_ROWS, BlockTuner, Inputs, Stream
 
 # Settings that decide no code by themselves: what they stand for is in the manifest in another form, or nothing is.
 FREE_SETTINGS = frozenset({
@@ -73,6 +74,8 @@ class Run:
     ) -> None:
         self.recipe = recipe
         format_rules = [rules(name) for name in recipe.format]
+        for each in format_rules:
+            check_head(recipe.quant_lm_head, each)
         parse_size(recipe.max_shard_size)
         continued = not recipe.overwrite and (self.journal_folder / MANIFEST).exists()
         check_folder(self._output, overwrite=recipe.overwrite or continued)
@@ -88,9 +91,11 @@ class Run:
             tokenizer=tokenizer,
             attn_implementation=attention,
         )
-        self.plan: Plan = resolve(recipe.spec, recipe.odd_shapes, structure(self.model.skeleton), format_rules)
+        shape = dataclasses.replace(structure(self.model.skeleton), head=head_path(self.model.skeleton))
+        self._head = shape.head
+        self.plan: Plan = resolve(recipe.spec, recipe.odd_shapes, shape, format_rules, head=recipe.quant_lm_head)
         self._numerics = self._choose_numerics(attention, recorded)
-        self._meter = Meter(len(self.plan.blocks), recipe.iters, self._backend.memory_bytes, on_progress)
+        self._meter = Meter(len(self.plan.parts), recipe.iters, self._backend.memory_bytes, on_progress)
         self._journal: Journal | None = None
         self._origin = origin(
             model, revision=recipe.revision, cache_dir=recipe.cache_dir, trust_remote_code=recipe.trust_remote_code
@@ -113,8 +118,8 @@ class Run:
         journal = self._journal
         finished = journal.finished()
         for index in range(finished):
-            yield self._meter.resumed(index, self.plan.blocks[index].path, journal.read_stats(index))
-        if finished < len(self.plan.blocks):
+            yield self._meter.resumed(index, self.plan.parts[index].title, journal.read_stats(index))
+        if finished < len(self.plan.parts):
             yield from self._tune_blocks(journal, calibration, finished)
         journal.drop_activations()
 
@@ -141,7 +146,7 @@ class Run:
             overwrite=recipe.overwrite or output == self._output,
         )
         target.check(self.plan)
-        if self._journal is None or self._journal.finished() < len(self.plan.blocks):
+        if self._journal is None or self._journal.finished() < len(self.plan.parts):
             for _ in self:
                 pass
         assert self._journal is not None
@@ -206,8 +211,8 @@ class Run:
         return open_journal(folder, manifest, overwrite=self.recipe.overwrite)
 
     def _tune_blocks(self, journal: Journal, calibration: Calibration | None, start: int) -> Iterator[BlockDone]:
-        """The loop over blocks."""
-        recipe, blocks = self.recipe, self.plan.blocks
+        """The loop over blocks, and what comes after them."""
+        recipe, blocks, count = self.recipe, self.plan.blocks, len(self.plan.parts)
         tokens = recipe.batch_size * recipe.gradient_accumulate_steps * recipe.seqlen
         tuner = BlockTuner(
             recipe, self._numerics, self._device, on_step=lambda done, loss: self._meter.step(done, tokens, loss)
@@ -226,11 +231,30 @@ class Run:
             except AutoRoundError as error:
                 raise type(error)(f"{block.path}.{error}") from error
             stream = tuned.stream
-            if stream is not None and index + 1 < len(blocks):
+            if stream is not None and index + 1 < count:
                 journal.write_activations(index, stream._asdict())
             stats = _stats(tuned.losses_K)
             journal.write_block(index, tuned.codes, stats)
             yield self._meter.end(index, block.path, stats)
+        if len(blocks) < count:
+            title = self.plan.parts[-1].title
+            self._meter.begin(len(blocks), title)
+            journal.write_block(len(blocks), self._outside(tuner, stream, calibration), {})
+            yield self._meter.end(len(blocks), title, {})
+
+    def _outside(
+        self, tuner: BlockTuner, stream: Stream | None, calibration: Calibration | None
+    ) -> dict[str, func.IntCodes]:
+        """Codes of the layers outside the blocks; only the head's inputs are known."""
+        specs, moments = self.plan.parts[-1].specs, {}
+        if self._head in specs and stream is not None and calibration is not None:
+            blocks = [block.path for block in self.plan.blocks]
+            ending = Ending(self.model, blocks, self._head, self._device, self._numerics.torch_dtype)
+            rows = (stream.quantized_NTD, calibration.tokens_NT, calibration.valid_NT)
+            inputs = ending.head_inputs(*(each[:MOMENT_ROWS] for each in rows), batch_size=self.recipe.batch_size)
+            moments[self._head] = mean_square(inputs)
+        weights = ((path, read_weight(self.model, path, device=self._device)) for path in specs)
+        return {path: tuner.quantize_layer(path, own, specs[path], moments.get(path)) for path, own in weights}
 
     def _captured(
         self, journal: Journal, calibration: Calibration | None, start: int

@@ -56,7 +56,7 @@ def write_formats(
     Args:
         model: the float model, for everything that is not quantized.
         plan: the fate of its layers.
-        codes: block number -> codes of its layers.
+        codes: number of a part of the plan -> codes of its layers.
         target: where to.
         on_format: called with name and folder before each.
 
@@ -159,9 +159,9 @@ def export_journal(
     )
     plan = _planned(manifest, opened)
     codes = Journal(folder, manifest)
-    if (finished := codes.finished()) < len(plan.blocks):
+    if (finished := codes.finished()) < len(plan.parts):
         raise JournalError(
-            f"{folder}: found {finished} of {len(plan.blocks)} blocks; needed all; repeat the command that began it"
+            f"{folder}: found {finished} of {len(plan.parts)} blocks; needed all; repeat the command that began it"
         )
     target.check(plan)
     if digest((name, opened.source.read(name)) for name in sorted(opened.source.names())) != manifest["source_sha256"]:

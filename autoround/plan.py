@@ -44,12 +44,14 @@ class Structure:
     Attributes:
         architecture: class name, such as ``LlamaForCausalLM``.
         blocks: in call order.
-        outside: layers outside all blocks (lm_head, …), which stay unquantized.
+        outside: layers outside all blocks (lm_head, …).
+        head: path of the output head among them; empty where there is none.
     """
 
     architecture: str
     blocks: tuple[BlockShape, ...]
     outside: tuple[LayerShape, ...] = ()
+    head: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +67,7 @@ class FormatRules:
         zero_min: smallest zero point it stores.
         scale_dtypes: of the scales it stores; empty means any.
         linear_only: its loaders replace linear modules only, not a Conv1D.
+        head: it holds a quantized output head.
     """
 
     name: str
@@ -75,6 +78,7 @@ class FormatRules:
     zero_min: int = 0
     scale_dtypes: tuple[str, ...] = ()
     linear_only: bool = False
+    head: bool = False
 
     def takes_group(self, group_size: int) -> bool:
         return not self.group_sizes or group_size in self.group_sizes
@@ -97,12 +101,20 @@ class BlockPlan:
     layers: tuple[LayerPlan, ...]
 
     @property
+    def prefix(self) -> str:
+        """What the paths of its layers begin with."""
+        return f"{self.path}." if self.path else ""
+
+    @property
+    def title(self) -> str:
+        """Its path, or those of its layers where it has none."""
+        return self.path or ", ".join(self.specs)
+
+    @property
     def specs(self) -> dict[str, QuantSpec]:
         """Path relative to the block -> spec, for the layers that are quantized."""
         return {
-            layer.shape.path.removeprefix(f"{self.path}."): layer.spec
-            for layer in self.layers
-            if layer.spec is not None
+            layer.shape.path.removeprefix(self.prefix): layer.spec for layer in self.layers if layer.spec is not None
         }
 
 
@@ -124,6 +136,13 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     @property
+    def parts(self) -> tuple[BlockPlan, ...]:
+        """What codes are made, journaled and written by: the blocks and, as one more of an empty path, the quantized
+        layers outside them, if there are any."""
+        outside = tuple(layer for layer in self.outside if layer.spec is not None)
+        return (*self.blocks, BlockPlan(path="", layers=outside)) if outside else self.blocks
+
+    @property
     def layers(self) -> dict[str, LayerPlan]:
         """Every layer by path."""
         inside = (layer for block in self.blocks for layer in block.layers)
@@ -135,7 +154,9 @@ class Plan:
         return {path: layer.spec for path, layer in self.layers.items() if layer.spec is not None}
 
 
-def resolve(spec: QuantSpec, odd_shapes: str, structure: Structure, rules: Sequence[FormatRules]) -> Plan:
+def resolve(
+    spec: QuantSpec, odd_shapes: str, structure: Structure, rules: Sequence[FormatRules], *, head: bool = False
+) -> Plan:
     """Decide the fate of every weight.
 
     Args:
@@ -144,14 +165,23 @@ def resolve(spec: QuantSpec, odd_shapes: str, structure: Structure, rules: Seque
             layer and every format take, "keep" leaves the layer unquantized, "fail" raises.
         structure: the model.
         rules: of every requested format.
+        head: quantize the output head too.
 
     Raises:
         UsageError: a format cannot hold the spec, a shape does not fit, or nothing is left to quantize.
     """
     for rule in rules:
         _check_spec(spec, rule)
+        check_head(head, rule)
+    if head and not structure.head:
+        raise UsageError(
+            f"quant_lm_head: found no output head in {structure.architecture}; needed one that is a linear layer; "
+            "leave it out"
+        )
     spec = replace(spec, zero_min=max((rule.zero_min for rule in rules), default=0))
+    ends = {structure.head} if head else frozenset()
     layers = [layer for block in structure.blocks for layer in block.layers]
+    layers += [layer for layer in structure.outside if layer.path in ends]
     spec, notes = _fit_whole_model(spec, odd_shapes, layers, rules)
     blocks = tuple(
         BlockPlan(path=block.path, layers=tuple(_fate(layer, spec, odd_shapes, rules) for layer in block.layers))
@@ -162,14 +192,23 @@ def resolve(spec: QuantSpec, odd_shapes: str, structure: Structure, rules: Seque
         raise UsageError(
             f"plan: found no layer to quantize ({'; '.join(reasons)}); use a smaller --group_size or other formats"
         )
-    outside = tuple(_left_alone(shape) for shape in structure.outside)
-    refitted = sum(1 for block in blocks for each in block.specs.values() if each.group_size != spec.group_size)
+    outside = tuple(
+        _fate(shape, spec, odd_shapes, rules) if shape.path in ends else _left_alone(shape)
+        for shape in structure.outside
+    )
+    fates = [layer for block in blocks for layer in block.layers]
+    fates += [layer for layer in outside if layer.shape.path in ends]
+    refitted = sum(1 for layer in fates if layer.spec is not None and layer.spec.group_size != spec.group_size)
     if refitted:
         notes.append(
             f"{refitted} layers take a smaller group size than {spec.group_size}, which does not divide their rows"
         )
-    kept = [layer for block in blocks for layer in block.layers if layer.spec is None]
-    notes.extend(f"{layer.shape.path} is kept: {layer.reason}" for layer in kept)
+    notes.extend(f"{layer.shape.path} is kept: {layer.reason}" for layer in fates if layer.spec is None)
+    notes.extend(
+        f"{layer.shape.path} is untied from {layer.shape.tied_to}, which stays unquantized"
+        for layer in outside
+        if layer.spec is not None and layer.shape.tied_to
+    )
     return Plan(architecture=structure.architecture, spec=spec, blocks=blocks, outside=outside, notes=tuple(notes))
 
 
@@ -188,7 +227,9 @@ def recorded(structure: Structure, spec: QuantSpec, specs: Mapping[str, QuantSpe
         BlockPlan(path=block.path, layers=tuple(_as_recorded(layer, specs) for layer in block.layers))
         for block in structure.blocks
     )
-    outside = tuple(_left_alone(shape) for shape in structure.outside)
+    outside = tuple(
+        _as_recorded(shape, specs) if shape.path in specs else _left_alone(shape) for shape in structure.outside
+    )
     plan = Plan(architecture=structure.architecture, spec=spec, blocks=blocks, outside=outside)
     if unknown := sorted(set(specs) - set(plan.specs)):
         raise UsageError(
@@ -205,6 +246,12 @@ def check_format(plan: Plan, rules: FormatRules) -> None:
         UsageError: names the layer.
     """
     _check_spec(plan.spec, rules)
+    for layer in plan.outside if not rules.head else ():
+        if layer.spec is not None:
+            raise UsageError(
+                f"format {rules.name}: {layer.shape.path}: found a quantized output head; needed one in 16 bits; "
+                "use auto_round or fake"
+            )
     for layer in plan.layers.values():
         if layer.spec is None:
             continue
@@ -216,6 +263,16 @@ def check_format(plan: Plan, rules: FormatRules) -> None:
             raise UsageError(
                 f"{where}: found group_size {group}; needed {plan.spec.group_size} as elsewhere; {_ADVICE}"
             )
+
+
+def check_head(head: bool, rules: FormatRules) -> None:
+    """Refuse to quantize the output head for a format that does not hold it.
+
+    Raises:
+        UsageError: names the format.
+    """
+    if head and not rules.head:
+        raise UsageError(f"format {rules.name}: found --quant_lm_head; needed off; use auto_round")
 
 
 def holds(plan: Plan, rules: FormatRules) -> bool:

@@ -68,6 +68,8 @@ class Recipe:
     odd_shapes: Literal["fit", "keep", "fail"] = _option(
         "fit", "rows that the group size does not divide: take a smaller one, keep them in 16 bits, or stop", "scheme",
         choices=("fit", "keep", "fail"))
+    quant_lm_head: bool = _option(
+        False, "quantize the output head too; formats auto_round and fake", "scheme", off_flags=("no_quant_lm_head",))
 
     format: tuple[str, ...] = _option(("auto_round",), "comma list of layouts to write", "output", "formats")
     output_dir: str = _option("autoround-output", "folder for the quantized model and its journal", "output")

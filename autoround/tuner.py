@@ -19,6 +19,8 @@ from autoround.recipe import Recipe
 
 # Rows that the clip search weighs input channels by; more do not change its choice.
 MOMENT_ROWS = 32
+# Weights of a single layer that are quantized at a time.
+LAYER_ELEMENTS = 2**23
 
 
 class Stream(NamedTuple):
@@ -118,6 +120,33 @@ class BlockTuner:
         quantized = {**weights.frozen, **rounded}
         quantized_NTD = self._forward(block_fn, quantized, inputs.template, inputs.stream.quantized_NTD)
         return Tuned(codes, result.losses_K, Stream(target_NTD, quantized_NTD))
+
+    def quantize_layer(
+        self, path: str, weight_OI: Tensor, spec: func.QuantSpec, moment_I: Tensor | None = None
+    ) -> func.IntCodes:
+        """Quantize one layer by itself, without steps: with the clips that the recipe's search finds, or to nearest.
+
+        Rows do not depend on each other, so that a few at a time bound the memory.
+
+        Args:
+            path: for messages.
+            weight_OI: its weight, on the device.
+            spec: how it is stored.
+            moment_I: mean square of its inputs; all columns count alike when None.
+
+        Raises:
+            AutoRoundError: the weight is not finite or a group size does not fit; names the layer.
+        """
+        specs, moments = {path: spec}, {} if moment_I is None else {path: moment_I}
+        errors = self._once("rounding_errors", lambda: init.rounding_errors)
+        parts = []
+        for rows_OI in weight_OI.split(max(1, LAYER_ELEMENTS // weight_OI.shape[1])):
+            weights = func.split_tensors({f"{path}.weight": rows_OI}, specs)
+            params = func.init_params(weights.tuned)
+            if self._recipe.clip_search:
+                params = init.search_params(weights, moments, specs, errors=errors)
+            parts.append(_quantize(weights.tuned, params, specs)[path])
+        return type(parts[0])(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
     def _forward(
         self, block_fn: func.BlockFn, tensors: Mapping[str, Tensor], template: CallTemplate, x_NTD: Tensor

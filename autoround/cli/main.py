@@ -10,7 +10,7 @@ from autoround.cli.flags import Command, parse, program
 from autoround.cli.refused import COMMANDS
 from autoround.data.language import parse_specs
 from autoround.errors import AutoRoundError, UsageError
-from autoround.plan import Plan
+from autoround.plan import Plan, check_head
 from autoround.progress import BlockDone, Progress
 from autoround.recipe import Recipe
 
@@ -110,7 +110,7 @@ def _check(recipe: Recipe) -> None:
     from autoround.formats.registry import rules
 
     for name in recipe.format:
-        rules(name)
+        check_head(recipe.quant_lm_head, rules(name))
     if recipe.dataset is not None:
         parse_specs(recipe.dataset)
 
@@ -134,7 +134,7 @@ def _work(command: Command, quantize: Quantize) -> None:
             run = quantize(recipe.model, recipe, on_progress=None if command.quiet else screen.update)
             for done in run:
                 if not command.quiet:
-                    screen.block_done(done, len(run.plan.blocks))
+                    screen.block_done(done, len(run.plan.parts))
             result = "\n".join(map(str, run.export()))
     print(result)
 

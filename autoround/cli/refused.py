@@ -41,8 +41,6 @@ _ADVICE: Mapping[str, str] = {
         "layer_config avg_bits target_bits options option shared_layers ignore_scale_zp_bits"
     ),
     "not available yet; every linear layer of every block is quantized": "ignore_layers fp_layers to_quant_block_names",
-    "not available yet; the head stays unquantized": "quant_lm_head",
-    "leave it out: the head stays unquantized": "no_quant_lm_head",
     "weights are stored as integers; use --bits, --group_size and --sym or --asym": "data_type dtype",
     "activations stay in 16 bits; use a scheme that ends in A16": (
         "act_bits act_group_size act_asym act_data_type act_dtype disable_act_dynamic "

@@ -9,8 +9,9 @@ from autoround.plan import LayerPlan, Plan
 def show_plan(plan: Plan) -> str:
     """Lines that ``--dry_run`` prints: layers by fate and shape, then what is worth telling."""
     inside = [layer for block in plan.blocks for layer in block.layers]
-    quantized = [layer for layer in inside if layer.spec is not None]
-    kept = [layer for layer in inside if layer.spec is None]
+    fates = (*inside, *plan.outside)
+    quantized = [layer for layer in fates if layer.spec is not None]
+    kept = [layer for layer in fates if layer.spec is None]
     weights = sum(_weights(layer) for layer in quantized)
     lines = [
         f"{plan.architecture}: {len(plan.blocks)} blocks, {len(quantized)} layers to quantize with {weights:,} weights",
@@ -18,8 +19,8 @@ def show_plan(plan: Plan) -> str:
         "quantized",
         *_table((str(layer.spec), layer) for layer in quantized),
     ]
-    if kept or plan.outside:
-        lines += ["", "kept", *_table((layer.reason, layer) for layer in (*kept, *plan.outside))]
+    if kept:
+        lines += ["", "kept", *_table((layer.reason, layer) for layer in kept)]
     if plan.notes:
         lines += ["", "notes", *(f"  {note}" for note in plan.notes)]
     return "\n".join(lines)

@@ -42,7 +42,7 @@ class AutoRound:
             return self
         if plan.spec.sym:
             return AutoRound(packing=ZERO_MINUS_ONE)
-        return AutoRound(packing=AWQ if holds(plan, RULES["auto_awq"]) else TRUE_ZERO)
+        return AutoRound(packing=AWQ if holds(plan, RULES[AWQ]) else TRUE_ZERO)
 
     def pack(self, codes: IntCodes, spec: QuantSpec) -> dict[str, Tensor]:
         assert self.packing, "suited() comes first"
@@ -59,7 +59,8 @@ class AutoRound:
         return gptq_layout.unpack_layer(tensors, spec, zero_offset=int(self.packing == ZERO_MINUS_ONE))
 
     def config(self, plan: Plan) -> dict[str, Any]:
-        """``extra_config`` names every layer inside the blocks that differs from the whole, by its exact path."""
+        """``extra_config`` names, by their exact paths, layers of blocks that differ from the whole, and all settings
+        of those outside that are quantized."""
         config: dict[str, Any] = {
             "quant_method": "auto-round",
             "packing_format": self.packing,
@@ -82,6 +83,14 @@ def _exceptions(plan: Plan) -> dict[str, dict[str, Any]]:
             exceptions[layer.shape.path] = {"bits": 16, "data_type": "fp"}
         elif layer.spec.group_size != plan.spec.group_size:
             exceptions[layer.shape.path] = {"group_size": layer.spec.group_size}
+    for layer in plan.outside:
+        if layer.spec is not None:
+            exceptions[layer.shape.path] = {
+                "bits": layer.spec.bits,
+                "group_size": layer.spec.group_size,
+                "sym": layer.spec.sym,
+                "data_type": "int",
+            }
     return exceptions
 
 

@@ -18,7 +18,7 @@ from autoround.spec import QuantSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Block number -> layer path relative to the block -> codes.
+# Number of a part of the plan, a block as a rule -> layer path relative to it -> codes.
 BlockCodes: TypeAlias = Callable[[int], Mapping[str, IntCodes]]
 
 
@@ -66,7 +66,7 @@ class Contents:
     Attributes:
         model: where the unquantized tensors, the configuration and the side files come from.
         plan: which layers are quantized, and how.
-        codes: block number -> codes of its layers.
+        codes: number of a part of the plan -> codes of its layers.
         form: the layout.
         dtype: "float16", …: of the unquantized weights where the layout demands none; their own when None.
     """
@@ -98,16 +98,28 @@ class Contents:
         for name in names:
             if name not in left_out:
                 yield self.model.source.checkpoint_name(name), cast(self.model.source.read(name), self.target, name)
+        for name in (f"{owner}.weight" for owner in self.untied.values()):
+            if name not in names:  # the checkpoint has the shared weight under the name of the quantized layer
+                yield name, cast(self.model.source.read(name), self.target, name)
 
     def layers(self) -> Iterator[tuple[str, QuantSpec, IntCodes]]:
         """Path, spec and codes of every quantized layer; one block's codes are read at a time."""
-        for index, block in enumerate(self.plan.blocks):
+        for index, part in enumerate(self.plan.parts):
             codes = self.codes(index)
-            for relative, spec in block.specs.items():
-                yield f"{block.path}.{relative}", spec, codes[relative]
+            for relative, spec in part.specs.items():
+                yield f"{part.prefix}{relative}", spec, codes[relative]
+
+    @property
+    def untied(self) -> dict[str, str]:
+        """Quantized layers that shared a weight -> the module that keeps it."""
+        return {
+            layer.shape.path: layer.shape.tied_to for layer in self.plan.outside if layer.spec and layer.shape.tied_to
+        }
 
     def prefix(self, path: str) -> str:
         """What the names of a quantized layer's tensors begin with."""
+        if path in self.untied:  # a checkpoint names the shared weight once, and not always by this layer
+            return f"{path}."
         return self.model.source.checkpoint_name(f"{path}.weight").removesuffix("weight")
 
     def weight_dtype(self, path: str) -> torch.dtype:
@@ -116,7 +128,7 @@ class Contents:
 
     def is_transposed(self, path: str) -> bool:
         """Whether a layer's module stores its weight as (I, O), as GPT-2's Conv1D does."""
-        return not isinstance(self.model.skeleton.get_submodule(path), nn.Linear)
+        return not isinstance(self.model.skeleton.get_submodule(path), nn.Linear | nn.Embedding)
 
     def expected_bytes(self) -> int:
         """About how much space the weights will take."""

@@ -25,14 +25,14 @@ _AWQ = FormatRules(
     linear_only=True,
 )
 # Loaders take any group size that divides the row, and only multiples of 32.
-_AUTO_ROUND = FormatRules(name="auto_round", multiple=32)
+_AUTO_ROUND = FormatRules(name="auto_round", multiple=32, head=True)
 
 RULES: Mapping[str, FormatRules] = MappingProxyType({
     rules.name: rules
     for rules in (
         _AUTO_ROUND,
         replace(_AUTO_ROUND, name="auto_round:auto_gptq", zero_min=1),
-        replace(_AWQ, name="auto_round:auto_awq"),
+        replace(_AWQ, name="auto_round:auto_awq", head=True),
         replace(_AUTO_ROUND, name="auto_round:gptqmodel"),
         _GPTQ,
         replace(_GPTQ, name="gptq_v2", zero_min=0),
@@ -41,6 +41,6 @@ RULES: Mapping[str, FormatRules] = MappingProxyType({
         FormatRules(
             name="llm_compressor", bits=(2, 4, 8), multiple=32, scale_dtypes=("float16", "bfloat16"), linear_only=True
         ),
-        FormatRules(name="fake"),
+        FormatRules(name="fake", head=True),
     )
 })  # fmt: skip

@@ -155,6 +155,8 @@ def _write_side_files(contents: Contents, folder: Path) -> None:
         model.skeleton.generation_config.save_pretrained(folder)
     settings: dict[str, Any] = json.loads(model.config.to_json_string())
     settings["architectures"] = settings.get("architectures") or [type(model.skeleton).__name__]
+    if contents.untied:
+        settings["tie_word_embeddings"] = False
     if contents.target is not None or not settings.get("dtype"):
         settings["dtype"] = str(contents.target or _float_dtype(model.source)).removeprefix("torch.")
     if (config := contents.form.config(contents.plan)) is not None:

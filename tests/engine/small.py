@@ -108,7 +108,7 @@ def tune(
     """A run of which all blocks are done and nothing is exported; ``dtype`` replaces the backend's choice."""
     made = recipe(folder, preset, **settings)
     run = quantize(model, pin(model, made, dtype=dtype) if dtype else made)
-    assert len(list(run)) == len(run.plan.blocks)
+    assert len(list(run)) == len(run.plan.parts)
     return run
 
 
@@ -116,8 +116,8 @@ def codes(run: Run) -> dict[str, func.IntCodes]:
     """The codes that a run has journaled, by layer path in the plan's order."""
     journal = Journal(run.journal_folder, {})
     found = {
-        f"{block.path}.{relative}": own
-        for index, block in enumerate(run.plan.blocks)
+        f"{block.prefix}{relative}": own
+        for index, block in enumerate(run.plan.parts)
         for relative, own in journal.read_block(index).items()
     }
     assert set(found) == set(run.plan.specs)
@@ -145,6 +145,8 @@ def nearest(model: PreTrainedModel, run: Run) -> dict[str, func.IntCodes]:
 def replaced(name: str, run: Run, *, kept: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """The model ``make(name)`` with the dequantized codes of a run as weights; the rest is cast to a dtype."""
     model, specs = make(name, seed=seed), run.plan.specs
+    if "lm_head" in specs and model.config.tie_word_embeddings:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(kept))

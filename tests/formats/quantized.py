@@ -1,6 +1,6 @@
 """Tiny random models with their plans and their codes, rounded to nearest."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from autoround.formats.registry import get_format, rules
 from autoround.formats.writer import write_checkpoint
 from autoround.func import IntCodes, QuantSpec
 from autoround.model.blocks import structure
+from autoround.model.finish import head_path, read_weight
 from autoround.model.load import OpenModel, open_model
-from autoround.model.read import read_block
 from autoround.plan import Plan, resolve
 
 
@@ -44,11 +44,10 @@ class Quantized:
 
     @cached_property
     def blocks(self) -> list[dict[str, IntCodes]]:
-        return [self._codes(block.path, block.specs) for block in self.plan.blocks]
+        return [self._codes(part.prefix, part.specs) for part in self.plan.parts]
 
-    def _codes(self, path: str, specs: dict[str, QuantSpec]) -> dict[str, IntCodes]:
-        tensors = read_block(self.model, path)
-        tuned = {name: func.prepare(tensors[f"{name}.weight"], spec) for name, spec in specs.items()}
+    def _codes(self, prefix: str, specs: dict[str, QuantSpec]) -> dict[str, IntCodes]:
+        tuned = {name: func.prepare(read_weight(self.model, f"{prefix}{name}"), spec) for name, spec in specs.items()}
         params = func.init_params(tuned)
         return {name: func.quantize(prepared, params[name], specs[name]) for name, prepared in tuned.items()}
 
@@ -63,9 +62,12 @@ class Quantized:
         return folder
 
 
-def quantized(model: PreTrainedModel | Path, *formats: str, odd_shapes: str = "fit", **settings: Any) -> Quantized:
+def quantized(
+    model: PreTrainedModel | Path, *formats: str, odd_shapes: str = "fit", head: bool = False, **settings: Any
+) -> Quantized:
     """Open a model and plan it for some formats; the spec is W4 in groups of 32 where settings do not say otherwise."""
     opened = open_model(model)
     spec = QuantSpec(**{"group_size": 32, **settings})
     needed = [rules(form) for form in formats or ("auto_round",)]
-    return Quantized(opened, resolve(spec, odd_shapes, structure(opened.skeleton), needed))
+    shape = replace(structure(opened.skeleton), head=head_path(opened.skeleton))
+    return Quantized(opened, resolve(spec, odd_shapes, shape, needed, head=head))
