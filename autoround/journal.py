@@ -3,7 +3,7 @@
 Layout of the folder::
 
     manifest.json                 what the run is; a different run is refused
-    blocks/00003.safetensors      codes of block 3: ``<layer>.q_OI``, ``<layer>.scale_OG``, ``<layer>.zero_OG``
+    blocks/00003.safetensors      codes of block 3: ``<layer>.q_OI``, ``<layer>.scale_OG``, …, the fields of its tuple
     activations/0.safetensors     inputs of the block after an even one, and
     activations/1.safetensors     after an odd one, so that the last finished block's are always whole
 
@@ -25,12 +25,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from autoround.errors import JournalError
-from autoround.func.types import IntCodes
+from autoround.func.types import AsymBlockCodes, Codes, IntCodes, SymBlockCodes
 
 MANIFEST, BLOCKS, ACTIVATIONS = "manifest.json", "blocks", "activations"
 # Part of the manifest that may differ where a run goes on: the same weights may lie elsewhere now.
 ORIGIN = "origin"
 SHOWN_DIFFERENCES = 4
+_KINDS: Mapping[frozenset[str], type[Codes]] = {
+    frozenset(kind._fields): kind for kind in (IntCodes, SymBlockCodes, AsymBlockCodes)
+}
 
 
 class Journal:
@@ -47,7 +50,7 @@ class Journal:
             count += 1
         return count
 
-    def write_block(self, index: int, codes: Mapping[str, IntCodes], stats: Mapping[str, float]) -> None:
+    def write_block(self, index: int, codes: Mapping[str, Codes], stats: Mapping[str, float]) -> None:
         """Record a finished block.
 
         Args:
@@ -62,15 +65,24 @@ class Journal:
                    for path, own in codes.items() for name, tensor in own._asdict().items()}  # fmt: skip
         _save(self._block(index), tensors, {"stats": json.dumps(dict(stats))})
 
-    def read_block(self, index: int) -> dict[str, IntCodes]:
+    def read_block(self, index: int) -> dict[str, Codes]:
         """Codes of a finished block by layer path relative to the block.
 
         Raises:
             JournalError: the block is missing or its file is damaged.
         """
         tensors, _ = _load(self._block(index))
-        paths = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
-        return {path: IntCodes(*(tensors[f"{path}.{field}"] for field in IntCodes._fields)) for path in paths}
+        layers: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            path, _, field = name.rpartition(".")
+            layers.setdefault(path, {})[field] = tensor
+        for path, fields in layers.items():
+            if frozenset(fields) not in _KINDS:
+                raise JournalError(
+                    f"{self._block(index)}: {path}: found {', '.join(sorted(fields))}; needed the fields of one kind of "
+                    "codes; start anew with --overwrite"
+                )
+        return {path: _KINDS[frozenset(fields)](**fields) for path, fields in layers.items()}
 
     def read_stats(self, index: int) -> dict[str, float]:
         """Numbers kept with a finished block."""

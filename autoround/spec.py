@@ -69,6 +69,11 @@ class QuantSpec:
         return 1 << (self.bits - 1)
 
     @property
+    def block_groups(self) -> int:
+        """Groups that are stored together: each is on its own."""
+        return 1
+
+    @property
     def scale_floor(self) -> float:
         """Smallest magnitude of a scale, exact in ``scale_dtype``."""
         return SCALE_FLOOR[self.scale_dtype]
@@ -199,6 +204,11 @@ class GgufSpec:
     def midpoint(self) -> int:
         """What symmetric codes are relative to, ``2**(bits-1)``."""
         return 1 << (self.bits - 1)
+
+    @property
+    def block_groups(self) -> int:
+        """Groups that are stored together, in a block."""
+        return self.layout.groups
 
     @property
     def block_columns(self) -> int:

@@ -52,7 +52,7 @@ class Tuned(NamedTuple):
         stream: what flows into the next block; None where nothing flowed in.
     """
 
-    codes: dict[str, func.IntCodes]
+    codes: dict[str, func.Codes]
     losses_K: Tensor
     stream: Stream | None
 
@@ -84,7 +84,7 @@ class BlockTuner:
         index: int,
         block_fn: func.BlockFn,
         tensors: Mapping[str, Tensor],
-        specs: Mapping[str, func.QuantSpec],
+        specs: Mapping[str, func.WeightSpec],
         inputs: Inputs | None,
     ) -> Tuned:
         """Quantize one block.
@@ -122,7 +122,7 @@ class BlockTuner:
         return Tuned(codes, result.losses_K, Stream(target_NTD, quantized_NTD))
 
     def quantize_layer(
-        self, path: str, weight_OI: Tensor, spec: func.QuantSpec, moment_I: Tensor | None = None
+        self, path: str, weight_OI: Tensor, spec: func.WeightSpec, moment_I: Tensor | None = None
     ) -> func.IntCodes:
         """Quantize one layer by itself, without steps: with the clips that the recipe's search finds, or to nearest.
 
@@ -166,7 +166,7 @@ class BlockTuner:
         block_fn: func.BlockFn,
         tensors: Mapping[str, Tensor],
         weights: func.BlockWeights,
-        specs: Mapping[str, func.QuantSpec],
+        specs: Mapping[str, func.WeightSpec],
         inputs: Inputs,
     ) -> func.Params:
         """Parameters before the first step."""
@@ -188,7 +188,7 @@ class BlockTuner:
             make = partial(func.make_step, fused_fn, specs, optimizer, dtype=self._dtype)
             return self._once(("step", *key), make), optimizer
         gradient = self._once(("gradient", *key), partial(func.make_gradient, fused_fn, specs, dtype=self._dtype))
-        update = self._once(("update", *key), partial(func.make_update, optimizer))
+        update = self._once(("update", *key), partial(func.make_update, optimizer, specs))
         return func.accumulate(gradient, update), optimizer
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -240,8 +240,8 @@ def batch_rows(seed: int, block: int, rows: int, batch_size: int, steps: int) ->
 
 
 def _quantize(
-    tuned: Mapping[str, func.Prepared], params: func.Params, specs: Mapping[str, func.QuantSpec]
-) -> dict[str, func.IntCodes]:
+    tuned: Mapping[str, func.Prepared], params: func.Params, specs: Mapping[str, func.WeightSpec]
+) -> dict[str, func.Codes]:
     codes = {}
     for path, prepared in tuned.items():
         try:

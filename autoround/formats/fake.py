@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from autoround.formats.rules import RULES
-from autoround.func.grids.int import dequantize
+from autoround.func.rounding import dequantize
 from autoround.func.types import IntCodes
 from autoround.plan import FormatRules, Plan
 from autoround.spec import QuantSpec

@@ -14,7 +14,7 @@ from torch import Tensor
 from autoround.errors import FormatError
 from autoround.formats.contents import Contents
 from autoround.formats.types import Format
-from autoround.func.grids.int import dequantize
+from autoround.func.rounding import dequantize
 from autoround.func.types import IntCodes
 from autoround.spec import QuantSpec
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from autoround.errors import ModelError
-from autoround.func.grids import int as int_grid
+from autoround.func.rounding import prepare
 from autoround.func.types import BlockWeights, Call
-from autoround.spec import QuantSpec
+from autoround.spec import WeightSpec
 
 # Attributes that differ between blocks of equal arithmetic.
 POSITION_ATTRIBUTES = frozenset({"layer_idx", "layer_id", "layer_index"})
@@ -87,9 +87,10 @@ def block_tensors(block: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().mT if name in conv else tensor.detach() for name, tensor in own.items()}
 
 
-def split_weights(block: nn.Module, specs: Mapping[str, QuantSpec]) -> BlockWeights:
+def split_weights(block: nn.Module, specs: Mapping[str, WeightSpec]) -> BlockWeights:
     """Separate the weights to tune from the rest of a block's tensors; see ``split_tensors``.
 
+    >>> from autoround.spec import QuantSpec
     >>> weights = split_weights(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2)), {"0": QuantSpec(group_size=4)})
     >>> list(weights.tuned), list(weights.frozen)
     (['0'], ['0.bias', '1.weight', '1.bias'])
@@ -97,7 +98,7 @@ def split_weights(block: nn.Module, specs: Mapping[str, QuantSpec]) -> BlockWeig
     return split_tensors(block_tensors(block), specs)
 
 
-def split_tensors(tensors: Mapping[str, Tensor], specs: Mapping[str, QuantSpec]) -> BlockWeights:
+def split_tensors(tensors: Mapping[str, Tensor], specs: Mapping[str, WeightSpec]) -> BlockWeights:
     """Separate the weights to tune from the rest.
 
     Args:
@@ -108,6 +109,7 @@ def split_tensors(tensors: Mapping[str, Tensor], specs: Mapping[str, QuantSpec])
         ModelError: a path has no weight, or its weight holds NaN or infinity; the message names the path.
         UsageError: a group_size does not fit.
 
+    >>> from autoround.spec import QuantSpec
     >>> tensors = {"up.weight": torch.ones(2, 4), "up.bias": torch.ones(2)}
     >>> weights = split_tensors(tensors, {"up": QuantSpec(group_size=4)})
     >>> list(weights.tuned), list(weights.frozen)
@@ -118,7 +120,7 @@ def split_tensors(tensors: Mapping[str, Tensor], specs: Mapping[str, QuantSpec])
         if f"{path}.weight" not in tensors:
             raise ModelError(f"{path}: found no weight in the block; needed one of {', '.join(tensors)}")
         try:
-            tuned[path] = int_grid.prepare(tensors[f"{path}.weight"], spec)
+            tuned[path] = prepare(tensors[f"{path}.weight"], spec)
         except ValueError as error:
             raise type(error)(f"{path}: {error}") from error
     frozen = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight") not in tuned}

@@ -1,24 +1,22 @@
 """Where parameters start: clips found by an activation-weighted search before any step is taken.
 
-Legend: O output features, I input features, G groups in a row, S columns in a group, B samples, T tokens.
+Legend: O output features, I input features, G groups in a row, S columns in a group, C candidates, N groups of a slice,
+B samples, T tokens.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import TypeAlias
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from autoround.func.block import BlockFn
-from autoround.func.grids import int as int_grid
+from autoround.func.fit import CANDIDATES, Clips, Errors, candidate_errors, fit_blocks, rounding_errors
+from autoround.func.rounding import grid_of
 from autoround.func.types import BlockWeights, Call, Params, Prepared, RoundingParams
-from autoround.spec import QuantSpec
-
-Clips: TypeAlias = tuple[Tensor, Tensor]
-Errors: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, QuantSpec], Tensor]
+from autoround.spec import GgufSpec, WeightSpec
 
 SHRINKS = tuple(1 - 0.03 * step for step in range(24))
 SINGLE_END_FACTORS = (0.7, 0.8, 0.88, 0.94, 1.0, 1.06, 1.12, 1.2)
@@ -67,13 +65,14 @@ def second_moments(
 def search_params(
     weights: BlockWeights,
     moments: Mapping[str, Tensor],
-    specs: Mapping[str, QuantSpec],
+    specs: Mapping[str, WeightSpec],
     *,
     errors: Errors | None = None,
 ) -> Params:
     """``search_clips`` for every weight of a block; layers without moments weigh all their channels alike.
 
     >>> from autoround.func.block import split_tensors
+    >>> from autoround.spec import QuantSpec
     >>> specs = {"up": QuantSpec(bits=2, group_size=4)}
     >>> weights = split_tensors({"up.weight": torch.tensor([[1.0, 2.0, 3.0, 4.0]])}, specs)
     >>> search_params(weights, {}, specs)["up"].offset_OGS.tolist()
@@ -86,20 +85,23 @@ def search_params(
 
 
 def search_clips(
-    prepared: Prepared, moment_I: Tensor | None, spec: QuantSpec, *, errors: Errors | None = None
+    prepared: Prepared, moment_I: Tensor | None, spec: WeightSpec, *, errors: Errors | None = None
 ) -> RoundingParams:
     """Clips that minimize each group's rounding error, weighted by the mean square of its inputs; offsets are 0.
 
-    Tried are both ends shrunk together, then each alone; on the symmetric grid both signs of the scale. The error is
-    ``sum_s moment_s * (w_s - fake_quantize(w)_s)**2``, the layer's output error if input channels were uncorrelated.
+    Tried are both ends shrunk together, then each alone; on symmetric grids both signs of the scale. Blocks of GGUF
+    types are then fitted as wholes (``fit_blocks``). The error is ``sum_s moment_s * (w_s - fake_quantize(w)_s)**2``,
+    the layer's output error if input channels were uncorrelated.
 
     Args:
         prepared: from ``prepare`` with the same spec.
         moment_I: float32 >= 0 (I,), or None for all ones.
         errors: ``rounding_errors``, or a compiled version of it; it is called with slices of one shape per group size.
 
+    >>> from autoround.func.rounding import prepare
+    >>> from autoround.spec import QuantSpec
     >>> spec = QuantSpec(bits=2, group_size=8)
-    >>> prepared = int_grid.prepare(torch.tensor([[-1.0, 0.3, -0.3, 0.2, 0.3, -0.2, 0.3, -0.3]]), spec)
+    >>> prepared = prepare(torch.tensor([[-1.0, 0.3, -0.3, 0.2, 0.3, -0.2, 0.3, -0.3]]), spec)
     >>> search_clips(prepared, torch.tensor([0.01, 1, 1, 1, 1, 1, 1, 1]), spec).clip_min_OG.item() < 1
     True
     """
@@ -108,13 +110,15 @@ def search_clips(
     moment_OGS = prepared.weight_OGS.new_ones(groups, size).expand(rows, groups, size)
     if moment_I is not None:
         moment_OGS = rearrange(moment_I, "(g s) -> g s", s=size).expand(rows, groups, size)
-    length = max(1, SLICE_ELEMENTS // (2 * len(SHRINKS) * size))
+    length = max(1, SLICE_ELEMENTS // (CANDIDATES * size * spec.block_groups)) * spec.block_groups
     found = []
     for start in range(0, rows * groups, length):
         part, moment_NS = _slice(prepared, moment_OGS, start, length)
         clips = _choose(part, _coarse_candidates(part, spec), moment_NS, spec, errors)
         if not spec.sym:
             clips = _choose(part, _fine_candidates(clips), moment_NS, spec, errors)
+        if isinstance(spec, GgufSpec):
+            clips = fit_blocks(part, clips, moment_NS, spec, errors)
         found.append(clips)
     clip_min_OG, clip_max_OG = (
         torch.cat(ends)[: rows * groups].view(rows, groups) for ends in zip(*found, strict=True)
@@ -122,23 +126,11 @@ def search_clips(
     return RoundingParams(torch.zeros_like(prepared.weight_OGS), clip_min_OG, clip_max_OG)
 
 
-def rounding_errors(weight_NS: Tensor, scale_KN: Tensor, zero_KN: Tensor, moment_NS: Tensor, spec: QuantSpec) -> Tensor:
-    """Weighted squared error of N groups rounded with each of K scales and zero points, (K, N).
-
-    >>> weight_NS, moment_NS = torch.tensor([[0.5, 2.0]]), torch.tensor([[4.0, 1.0]])
-    >>> scale_KN, zero_KN = torch.tensor([[1.0], [0.5]]), torch.tensor([[2.0], [2.0]])
-    >>> rounding_errors(weight_NS, scale_KN, zero_KN, moment_NS, QuantSpec(bits=2)).tolist()
-    [[2.0], [2.25]]
-    """
-    q_KNS = int_grid.round_codes(weight_NS, 0.0, scale_KN, zero_KN, spec)
-    error_KNS = scale_KN.unsqueeze(-1) * (q_KNS - zero_KN.unsqueeze(-1)) - weight_NS
-    return (error_KNS.square() * moment_NS).sum(-1)
-
-
-def _choose(prepared: Prepared, candidates: Clips, moment_NS: Tensor, spec: QuantSpec, errors: Errors) -> Clips:
-    """For each of N groups the candidate, out of K, with the least error: (clip_min_N, clip_max_N)."""
-    scale_KN, zero_KN = int_grid.scale_and_zero(prepared, RoundingParams(prepared.weight_OGS, *candidates), spec)
-    best_1N = errors(prepared.weight_OGS[0], scale_KN, zero_KN, moment_NS, spec).argmin(0, keepdim=True)
+def _choose(prepared: Prepared, candidates: Clips, moment_NS: Tensor, spec: WeightSpec, errors: Errors) -> Clips:
+    """For each of N groups the candidate, out of C, with the least error: (clip_min_N, clip_max_N)."""
+    scale_CN, shift_CN = grid_of(spec).ranges(prepared, RoundingParams(prepared.weight_OGS, *candidates), spec)
+    error_CN = candidate_errors(errors, prepared.weight_OGS[0], scale_CN, shift_CN, moment_NS, spec)
+    best_1N = error_CN.argmin(0, keepdim=True)
     return candidates[0].gather(0, best_1N)[0], candidates[1].gather(0, best_1N)[0]
 
 
@@ -150,26 +142,26 @@ def _slice(prepared: Prepared, moment_OGS: Tensor, start: int, length: int) -> t
     return Prepared(*(field[row_N, group_N].unsqueeze(0) for field in prepared)), moment_OGS[row_N, group_N]
 
 
-def _coarse_candidates(prepared: Prepared, spec: QuantSpec) -> Clips:
-    """Both ends shrunk alike; on the symmetric grid each end in turn is the one that sets the scale and its sign."""
-    shrink_K1 = torch.tensor(SHRINKS, device=prepared.lo_OG.device).unsqueeze(-1)
-    clip_KN = shrink_K1 * torch.ones_like(prepared.lo_OG)
+def _coarse_candidates(prepared: Prepared, spec: WeightSpec) -> Clips:
+    """Both ends shrunk alike; on symmetric grids each end in turn is the one that sets the scale and its sign."""
+    shrink_C1 = torch.tensor(SHRINKS, device=prepared.lo_OG.device).unsqueeze(-1)
+    clip_CN = shrink_C1 * torch.ones_like(prepared.lo_OG)
     if not spec.sym:
-        return clip_KN, clip_KN
+        return clip_CN, clip_CN
     lo_1N, hi_1N = -prepared.lo_OG, prepared.hi_OG
-    below_lo_KN = _below(shrink_K1 * lo_1N, hi_1N)
-    below_hi_KN = _below(shrink_K1 * hi_1N, lo_1N)
-    return torch.cat([clip_KN, below_hi_KN]), torch.cat([below_lo_KN, clip_KN])
+    below_lo_CN = _below(shrink_C1 * lo_1N, hi_1N)
+    below_hi_CN = _below(shrink_C1 * hi_1N, lo_1N)
+    return torch.cat([clip_CN, below_hi_CN]), torch.cat([below_lo_CN, clip_CN])
 
 
-def _below(limit_KN: Tensor, end_1N: Tensor) -> Tensor:
+def _below(limit_CN: Tensor, end_1N: Tensor) -> Tensor:
     """Largest clip, at most 1, that keeps an end just below a limit."""
-    return (0.99 * limit_KN / end_1N.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
+    return (0.99 * limit_CN / end_1N.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
 
 
 def _fine_candidates(clips: Clips) -> Clips:
     """Each end moved a little alone."""
-    factor_K1 = torch.tensor(SINGLE_END_FACTORS, device=clips[0].device).unsqueeze(-1)
-    moved_min_KN, moved_max_KN = ((clip_N * factor_K1).clamp(max=1) for clip_N in clips)
-    clip_min_KN, clip_max_KN = clips[0].expand_as(moved_min_KN), clips[1].expand_as(moved_max_KN)
-    return torch.cat([moved_min_KN, clip_min_KN]), torch.cat([clip_max_KN, moved_max_KN])
+    factor_C1 = torch.tensor(SINGLE_END_FACTORS, device=clips[0].device).unsqueeze(-1)
+    moved_min_CN, moved_max_CN = ((clip_N * factor_C1).clamp(max=1) for clip_N in clips)
+    clip_min_CN, clip_max_CN = clips[0].expand_as(moved_min_CN), clips[1].expand_as(moved_max_CN)
+    return torch.cat([moved_min_CN, clip_min_CN]), torch.cat([clip_max_CN, moved_max_CN])

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from autoround.func.grids import int as int_grid
+from autoround.func.rounding import bounds
 from autoround.func.types import Params, RoundingParams
+from autoround.spec import WeightSpec
 
 Schedule = Callable[[Tensor], Tensor]
 
@@ -227,18 +228,20 @@ def apply_updates(params: Any, updates: Any) -> Any:
     return tree_map(torch.add, params, updates)
 
 
-def project(params: Params) -> Params:
-    """Put every parameter back inside its bounds.
+def project(params: Params, specs: Mapping[str, WeightSpec]) -> Params:
+    """Put every parameter back inside the bounds of its grid.
 
+    >>> from autoround.spec import QuantSpec
     >>> clip = torch.tensor([[1.5]])
-    >>> project({"q_proj": RoundingParams(torch.tensor([[[-0.7]]]), clip, clip)})["q_proj"].clip_max_OG.item()
+    >>> params = {"up": RoundingParams(torch.tensor([[[-0.7]]]), clip, clip)}
+    >>> project(params, {"up": QuantSpec()})["up"].clip_max_OG.item()
     1.0
     """
-    lower, upper = int_grid.bounds()
-    return {
-        path: RoundingParams(*(leaf.clamp(lo, hi) for leaf, lo, hi in zip(leaves, lower, upper, strict=True)))
-        for path, leaves in params.items()
-    }
+    return {path: _inside(leaves, *bounds(specs[path])) for path, leaves in params.items()}
+
+
+def _inside(leaves: RoundingParams, lower: RoundingParams, upper: RoundingParams) -> RoundingParams:
+    return RoundingParams(*(leaf.clamp(lo, hi) for leaf, lo, hi in zip(leaves, lower, upper, strict=True)))
 
 
 def _step_zero(params: Any) -> Tensor:

@@ -8,13 +8,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from autoround.func import optim
-from autoround.func.grids import int as int_grid
+from autoround.func.rounding import fake_quantize, nearest
 from autoround.func.types import Batch, BlockFunction, BlockWeights, Params, Prepared, TuneState
-from autoround.spec import QuantSpec
+from autoround.spec import WeightSpec
 
-Specs: TypeAlias = Mapping[str, QuantSpec]
+Specs: TypeAlias = Mapping[str, WeightSpec]
 Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-Projection: TypeAlias = Callable[[Params], Params]
+Projection: TypeAlias = Callable[[Params, Specs], Params]
 Gradient: TypeAlias = Callable[[BlockWeights, Params, Batch], tuple[Params, Tensor]]
 Update: TypeAlias = Callable[[TuneState, Params, Tensor], TuneState]
 Step: TypeAlias = Callable[[BlockWeights, TuneState, Batch], tuple[TuneState, Tensor]]
@@ -33,11 +33,13 @@ def mse(output_BTD: Tensor, target_BTD: Tensor, valid_BT: Tensor) -> Tensor:
 def init_params(tuned: Mapping[str, Prepared]) -> Params:
     """Round-to-nearest parameters for every weight of a block.
 
-    >>> prepared = int_grid.prepare(torch.ones(2, 4), QuantSpec(group_size=4))
+    >>> from autoround.func.rounding import prepare
+    >>> from autoround.spec import QuantSpec
+    >>> prepared = prepare(torch.ones(2, 4), QuantSpec(group_size=4))
     >>> init_params({"up": prepared})["up"].clip_min_OG.tolist()
     [[1.0], [1.0]]
     """
-    return {path: int_grid.init(prepared) for path, prepared in tuned.items()}
+    return {path: nearest(prepared) for path, prepared in tuned.items()}
 
 
 def init_state(params: Params, optimizer: optim.Transform, *, keep_best: bool = True) -> TuneState:
@@ -61,14 +63,16 @@ def init_state(params: Params, optimizer: optim.Transform, *, keep_best: bool = 
 def block_weights(weights: BlockWeights, params: Params, specs: Specs, dtype: torch.dtype) -> dict[str, Tensor]:
     """All tensors of a block by name, the tuned ones fake-quantized and cast to the compute dtype.
 
+    >>> from autoround.func.rounding import prepare
+    >>> from autoround.spec import QuantSpec
     >>> specs = {"up": QuantSpec(bits=2, group_size=2)}
-    >>> prepared = int_grid.prepare(torch.tensor([[-2.0, 0.9]]), specs["up"])
+    >>> prepared = prepare(torch.tensor([[-2.0, 0.9]]), specs["up"])
     >>> weights = BlockWeights({"up": prepared}, {"up.bias": torch.ones(1)})
     >>> tensors = block_weights(weights, init_params(weights.tuned), specs, torch.bfloat16)
     >>> tensors["up.weight"].tolist(), tensors["up.bias"].tolist()
     ([[-2.0, 1.0]], [1.0])
     """
-    tuned = {f"{path}.weight": int_grid.fake_quantize(prepared, params[path], specs[path]).to(dtype)
+    tuned = {f"{path}.weight": fake_quantize(prepared, params[path], specs[path]).to(dtype)
              for path, prepared in weights.tuned.items()}  # fmt: skip
     return {**weights.frozen, **tuned}
 
@@ -84,6 +88,7 @@ def make_gradient(
         loss: (output_BTD, target_BTD, valid_BT) -> 0-d tensor.
         dtype: in which the block computes; parameters and gradients are float32 whatever it is.
 
+    >>> from autoround.spec import QuantSpec
     >>> from autoround.func.block import make_block_fn, split_weights
     >>> from autoround.func.types import Call
     >>> block, specs = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False)), {"0": QuantSpec(bits=2, group_size=2)}
@@ -106,18 +111,22 @@ def make_gradient(
     return gradient
 
 
-def make_update(optimizer: optim.Transform, *, project: Projection = optim.project) -> Update:
+def make_update(optimizer: optim.Transform, specs: Specs, *, project: Projection = optim.project) -> Update:
     """Build ``(state, gradient, loss) -> state``: best-so-far bookkeeping, optimizer update, projection.
 
     The loss belongs to the parameters before the update, and so do the ``best_params`` it may select.
 
     Args:
         optimizer: any ``Transform`` over the parameters.
-        project: params -> params, puts them back where they may be after each update.
+        specs: module path relative to the block -> how its weight is stored.
+        project: (params, specs) -> params, puts them back where they may be after each update.
 
-    >>> prepared = int_grid.prepare(torch.tensor([[1.0, -0.4]]), QuantSpec(bits=2, group_size=2))
+    >>> from autoround.func.rounding import prepare
+    >>> from autoround.spec import QuantSpec
+    >>> specs = {"0": QuantSpec(bits=2, group_size=2)}
+    >>> prepared = prepare(torch.tensor([[1.0, -0.4]]), specs["0"])
     >>> params, optimizer = init_params({"0": prepared}), optim.signsgd(optim.constant(0.2))
-    >>> state = make_update(optimizer)(init_state(params, optimizer), params, torch.tensor(3.0))
+    >>> state = make_update(optimizer, specs)(init_state(params, optimizer), params, torch.tensor(3.0))
     >>> round(state.params["0"].clip_max_OG.item(), 2), state.best_loss.item(), state.step.item()
     (0.8, 3.0, 1)
     """
@@ -128,7 +137,7 @@ def make_update(optimizer: optim.Transform, *, project: Projection = optim.proje
         if best_params:
             best_params = tree_map(lambda new, old: torch.where(improved, new, old), state.params, best_params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = project(optim.apply_updates(state.params, updates))
+        params = project(optim.apply_updates(state.params, updates), specs)
         return TuneState(params, opt_state, best_params, torch.minimum(value, state.best_loss), state.step + 1)
 
     return update
@@ -153,8 +162,9 @@ def make_step(
         optimizer: for example ``signsgd(linear_decay(1 / iters, iters))``.
         loss: (output_BTD, target_BTD, valid_BT) -> 0-d tensor.
         dtype: in which the block computes.
-        project: params -> params after each update.
+        project: (params, specs) -> params after each update.
 
+    >>> from autoround.spec import QuantSpec
     >>> from autoround.func.block import make_block_fn, split_weights
     >>> from autoround.func.types import Call
     >>> _ = torch.manual_seed(0)
@@ -169,7 +179,10 @@ def make_step(
     >>> bool(value < first), int(state.step)
     (True, 10)
     """
-    gradient, update = make_gradient(block_fn, specs, loss=loss, dtype=dtype), make_update(optimizer, project=project)
+    gradient, update = (
+        make_gradient(block_fn, specs, loss=loss, dtype=dtype),
+        make_update(optimizer, specs, project=project),
+    )
 
     def step(weights: BlockWeights, state: TuneState, batch: Batch) -> tuple[TuneState, Tensor]:
         grads, value = gradient(weights, state.params, batch)
@@ -187,6 +200,7 @@ def accumulate(
         gradient: from ``make_gradient``, compiled or not.
         update: from ``make_update``, compiled or not.
 
+    >>> from autoround.spec import QuantSpec
     >>> from autoround.func.block import make_block_fn, split_weights
     >>> from autoround.func.types import Call
     >>> block, specs = torch.nn.Sequential(torch.nn.Linear(8, 8)), {"0": QuantSpec(bits=2, group_size=8)}
@@ -196,7 +210,7 @@ def accumulate(
     >>> parts = [Batch(Call((x[row],), {}), batch.target_BTD[row], valid[row]) for row in ([0], [1])]
     >>> gradient, state = make_gradient(make_block_fn(block), specs), init_state(init_params(weights.tuned), optimizer)
     >>> _, whole = make_step(make_block_fn(block), specs, optimizer)(weights, state, batch)
-    >>> _, summed = accumulate(gradient, make_update(optimizer))(weights, state, parts)
+    >>> _, summed = accumulate(gradient, make_update(optimizer, specs))(weights, state, parts)
     >>> torch.allclose(whole, summed)
     True
     """

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from autoround import func as F
+from autoround.spec import GGUF_TYPES
 
 SPECS = [
     F.QuantSpec(bits=bits, group_size=group_size, sym=sym, scale_dtype=scale_dtype, zero_min=zero_min)
@@ -14,13 +15,18 @@ SPECS = [
     for scale_dtype, zero_min in (("float16", 0), ("bfloat16", 1), ("float32", 0))
 ]
 
+GGUF_SPECS = [F.GgufSpec(type=name) for name in GGUF_TYPES]
+
 
 @st.composite
-def weights_OI(draw: st.DrawFn) -> Tensor:
-    """Weights of up to 4 x 256 with magnitudes from 1e-6 to 1e3, one-sided, constant and all-zero groups included."""
+def weights_OI(draw: st.DrawFn, least: int = 128) -> Tensor:
+    """Weights of up to 4 rows and 1 or 2 times ``least`` columns with magnitudes from 1e-6 to 1e3.
+
+    One-sided, constant and all-zero groups are among them.
+    """
     rows, groups = draw(st.integers(1, 4)), draw(st.integers(1, 2))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    weight = torch.randn(rows, 128 * groups, generator=generator)
+    weight = torch.randn(rows, least * groups, generator=generator)
     weight = weight * 10.0 ** draw(st.integers(-6, 3))
     kind = draw(st.sampled_from(["normal", "positive", "negative", "constant", "zero", "outlier"]))
     if kind == "positive":

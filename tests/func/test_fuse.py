@@ -5,14 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoround import func as F
-from tests.func.cases import SPECS, random_params
+from tests.func.cases import GGUF_SPECS, SPECS, random_params
 from tests.func.test_step import Block, make_batch
 
 OTHER = F.QuantSpec(bits=8, group_size=32)
 
 
-@given(st.lists(st.tuples(st.integers(1, 3), st.sampled_from([128, 256]), st.sampled_from(SPECS)), max_size=5))
-def test_merging_and_splitting_are_inverse(layers: list[tuple[int, int, F.QuantSpec]]) -> None:
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.sampled_from([256, 512]), st.sampled_from(SPECS + GGUF_SPECS)), max_size=5)
+)
+def test_merging_and_splitting_are_inverse(layers: list[tuple[int, int, F.WeightSpec]]) -> None:
     specs = {f"layer{index}": spec for index, (_, _, spec) in enumerate(layers)}
     weights = {f"layer{index}": torch.randn(rows, columns) for index, (rows, columns, _) in enumerate(layers)}
     tuned = {path: F.prepare(weights[path], spec) for path, spec in specs.items()}

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from autoround import func as F
 from autoround.errors import ModelError, UsageError
-from autoround.func.grids.int import bounds, init, round_to_dtype, scale_and_zero
+from autoround.func.grids.int import scales
+from autoround.func.grids.straight import round_to_dtype
+from autoround.func.rounding import bounds, nearest
 from tests.func.cases import SPECS, random_params, weights_OI
 
 
@@ -42,8 +44,8 @@ def test_codes_scales_and_zero_points_stay_in_range(weight_OI: Tensor, spec: F.Q
 @settings(max_examples=100, deadline=None)
 def test_without_offsets_each_weight_takes_a_nearest_grid_value(weight_OI: Tensor, spec: F.QuantSpec) -> None:
     prepared = F.prepare(weight_OI, spec)
-    params = init(prepared)
-    scale_OG, zero_OG = scale_and_zero(prepared, params, spec)
+    params = nearest(prepared)
+    scale_OG, zero_OG = scales(prepared, params, spec)
     rounded_OGS = F.fake_quantize(prepared, params, spec).view_as(prepared.weight_OGS)
     grid_OGK = scale_OG.unsqueeze(-1) * (torch.arange(spec.code_max + 1) - zero_OG.unsqueeze(-1))
     nearest_OGS = (grid_OGK.unsqueeze(-2) - prepared.weight_OGS.unsqueeze(-1)).abs().amin(-1)
@@ -54,7 +56,7 @@ def test_without_offsets_each_weight_takes_a_nearest_grid_value(weight_OI: Tenso
 def test_symmetric_grid_is_full_range_with_signed_scales() -> None:
     spec = F.QuantSpec(bits=4, group_size=4)
     prepared = F.prepare(torch.tensor([[-8.0, 1, 2, 3, 8.5, -1, 2, 3]]), spec)
-    codes = F.quantize(prepared, init(prepared), spec)
+    codes = F.quantize(prepared, nearest(prepared), spec)
     assert codes.scale_OG.tolist() == [[1.0, -1.0625]]
     assert codes.q_OI[0, [0, 4]].tolist() == [0, 0]
 
@@ -62,9 +64,9 @@ def test_symmetric_grid_is_full_range_with_signed_scales() -> None:
 def test_zero_min_moves_the_zero_point_not_the_law() -> None:
     spec = F.QuantSpec(bits=4, group_size=4, sym=False, zero_min=1)
     prepared = F.prepare(torch.tensor([[0.1, 0.2, 0.5, 1.0]]), spec)
-    codes = F.quantize(prepared, init(prepared), spec)
+    codes = F.quantize(prepared, nearest(prepared), spec)
     assert codes.zero_OG.tolist() == [[1]]
-    assert torch.equal(F.dequantize(codes, spec), F.fake_quantize(prepared, init(prepared), spec))
+    assert torch.equal(F.dequantize(codes, spec), F.fake_quantize(prepared, nearest(prepared), spec))
 
 
 @pytest.mark.parametrize("spec", SPECS[:: len(SPECS) // 24], ids=str)
@@ -130,18 +132,18 @@ def test_a_scale_beyond_its_dtype_is_refused() -> None:
     spec = F.QuantSpec(bits=2, group_size=2)
     prepared = F.prepare(torch.tensor([[1e6, 0.0]]), spec)
     with pytest.raises(ModelError, match="scale_dtype float32"):
-        F.quantize(prepared, init(prepared), spec)
+        F.quantize(prepared, nearest(prepared), spec)
 
 
 def test_bounds_are_the_documented_ranges() -> None:
-    lower, upper = bounds()
+    lower, upper = bounds(F.QuantSpec())
     assert (tuple(lower), tuple(upper)) == ((-0.5, 0.0, 0.0), (0.5, 1.0, 1.0))
 
 
 def test_clips_get_float32_gradients_where_float16_ones_would_vanish() -> None:
     spec = F.QuantSpec(bits=4, group_size=32)
     prepared = F.prepare(torch.randn(2, 32, generator=torch.Generator().manual_seed(0)), spec)
-    grads = torch.func.grad(lambda p: F.fake_quantize(prepared, p, spec).sum() * 1e-9)(init(prepared))
+    grads = torch.func.grad(lambda p: F.fake_quantize(prepared, p, spec).sum() * 1e-9)(nearest(prepared))
     assert float(grads.clip_min_OG.abs().sum() + grads.clip_max_OG.abs().sum()) > 0
 
 

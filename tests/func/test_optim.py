@@ -81,4 +81,7 @@ def test_chain_asks_for_states_from_its_init() -> None:
 
 def test_project_keeps_interior_points_and_moves_the_others_to_the_bounds() -> None:
     params = {"q": F.RoundingParams(torch.tensor([[[-0.7, 0.2]]]), torch.tensor([[-0.1]]), torch.tensor([[1.2]]))}
-    assert [leaf.flatten().tolist() for leaf in F.project(params)["q"]] == [[-0.5, pytest.approx(0.2)], [0.0], [1.0]]
+    inside = F.project(params, {"q": F.QuantSpec()})["q"]
+    assert [leaf.flatten().tolist() for leaf in inside] == [[-0.5, pytest.approx(0.2)], [0.0], [1.0]]
+    inside = F.project(params, {"q": F.GgufSpec(type="q4_k")})["q"]
+    assert [leaf.flatten().tolist() for leaf in inside] == [[-0.5, pytest.approx(0.2)], [0.0], [pytest.approx(1.2)]]

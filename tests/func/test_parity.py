@@ -5,6 +5,7 @@ float32.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,9 @@ class Setup:
         return losses_K * torch.stack([batch.valid_BT.float().mean() for batch in self.batches])
 
 
-def project_clips(params: F.Params) -> F.Params:
+def project_clips(params: F.Params, specs: Mapping[str, F.WeightSpec]) -> F.Params:
     """The recorded run holds clips in their range but lets offsets pass 0.5 by up to the sum of its learning rates."""
-    projected = F.project(params)
+    projected = F.project(params, specs)
     return {path: projected[path]._replace(offset_OGS=own.offset_OGS) for path, own in params.items()}
 
 

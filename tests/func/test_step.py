@@ -120,7 +120,7 @@ def test_compiled_step_is_one_graph_shared_by_equal_blocks() -> None:
 
 def test_micro_batches_sum_to_the_whole_batch(block: Block) -> None:
     weights, optimizer = F.split_weights(block, SPECS), F.sgd(F.constant(1.0))
-    gradient, update = F.make_gradient(F.make_block_fn(block), SPECS), F.make_update(optimizer)
+    gradient, update = F.make_gradient(F.make_block_fn(block), SPECS), F.make_update(optimizer, SPECS)
     state, batch = F.init_state(F.init_params(weights.tuned), optimizer), make_batch(block)
     rows = [
         F.Batch(
