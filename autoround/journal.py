@@ -79,8 +79,8 @@ class Journal:
         for path, fields in layers.items():
             if frozenset(fields) not in _KINDS:
                 raise JournalError(
-                    f"{self._block(index)}: {path}: found {', '.join(sorted(fields))}; needed the fields of one kind of "
-                    "codes; start anew with --overwrite"
+                    f"{self._block(index)}: {path}: found {', '.join(sorted(fields))}; needed the fields of one kind "
+                    "of codes; start anew with --overwrite"
                 )
         return {path: _KINDS[frozenset(fields)](**fields) for path, fields in layers.items()}
 
