@@ -221,17 +221,17 @@ def _scores(core: dict[str, Any]) -> dict[str, float]:
     """Minus the rank of the first merge that makes a token.
 
     llama.cpp merges any two neighbours whose joined text is a token, so all of these pairs must be among the merges.
+    Its neighbours are tokens, or characters even if they are none.
     """
-    vocab, merges = core["model"]["vocab"], _merges(core["model"])
-    added = {token["content"] for token in core["added_tokens"]}
+    merges = _merges(core["model"])
     scores: dict[str, float] = {}
     for rank, (left, right) in enumerate(merges):
         scores.setdefault(left + right, -float(rank))
-    known, plain = set(merges), vocab.keys() - added
+    known, plain = set(merges), core["model"]["vocab"].keys() - {token["content"] for token in core["added_tokens"]}
     for text in plain:
         for cut in range(1, len(text)):
             pair = text[:cut], text[cut:]
-            if pair[0] in plain and pair[1] in plain and pair not in known:
+            if pair not in known and all(len(part) == 1 or part in plain for part in pair):
                 raise _refusal(
                     f"no merge of {pair[0]!r} and {pair[1]!r} although {text!r} is a token",
                     "merges of all pairs, which llama.cpp makes in a tokenizer with byte tokens",

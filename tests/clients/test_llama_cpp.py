@@ -1,0 +1,106 @@
+"""llama.cpp reads the GGUF files of this package."""
+
+import json
+import subprocess
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy
+import pytest
+from transformers import GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
+
+from autoround.formats.gguf.tokenizer import tokenizer_metadata
+from tests.clients.environments import client_python
+from tests.formats import gguf_tokenizers as small
+
+pytestmark = [pytest.mark.clients, pytest.mark.slow]
+
+SCRIPT = Path(__file__).with_name("complete_gguf.py")
+WIDTH, HEADS, HIDDEN, HOLES = 32, 2, 48, 3
+
+# Name -> a tokenizer, and the texts on which llama.cpp agrees with it.
+CASES: dict[str, tuple[Callable[[], PreTrainedTokenizerBase], list[str]]] = {
+    **{
+        name: (
+            partial(small.byte_level, splits, ignore_merges=ignores, bos=name == "llama-bpe"),
+            small.TEXTS + small.LEADING,
+        )
+        for name, (splits, ignores) in small.SPLITS.items()
+    },
+    **{kind.__name__: (partial(small.of_class, kind), small.TEXTS + small.LEADING) for kind in small.CLASSES},
+    "llama": (partial(small.sentencepiece, LlamaTokenizer), small.TEXTS),
+    "llama-normalizer": (small.normalized, small.TEXTS + small.LEADING),
+    "gemma": (partial(small.sentencepiece, GemmaTokenizer), small.TEXTS + small.LEADING),
+}
+
+
+def ask(files: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What llama.cpp answers on files, as ``complete_gguf.py`` tells."""
+    python = client_python("llama-cpp")
+    if not python.exists():
+        pytest.skip(f"no environment {python.parents[1]}; tests/clients/environments.py makes it")
+    run = subprocess.run([python, SCRIPT, json.dumps({"files": files})], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    answers: dict[str, dict[str, Any]] = json.loads(run.stdout.splitlines()[-1])
+    for name, found in answers.items():
+        assert "error" not in found, f"{name}: {found['error']}\n{run.stderr[-4000:]}"
+    return answers
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What llama.cpp makes of the texts, by case."""
+    folder, files = tmp_path_factory.mktemp("tokenizers"), {}
+    for name, (make, texts) in CASES.items():
+        write(folder / f"{name}.gguf", make())
+        files[name] = {"path": str(folder / f"{name}.gguf"), "texts": texts}
+    return ask(files)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_llama_cpp_tokenizes_alike(name: str, answers: dict[str, dict[str, Any]]) -> None:
+    make, texts = CASES[name]
+    tokenizer = make()
+    plain = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    assert dict(zip(texts, answers[name]["texts"], strict=True)) == dict(zip(texts, plain, strict=True))
+    bounded = [tokenizer.encode(text) for text in texts]
+    assert dict(zip(texts, answers[name]["bounded"], strict=True)) == dict(zip(texts, bounded, strict=True))
+
+
+def write(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A random Llama of one layer with a tokenizer, and some rows that have no token."""
+    writer, rows = gguf.GGUFWriter(file, "llama"), len(tokenizer) + HOLES
+    writer.add_context_length(64)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(HIDDEN)
+    writer.add_head_count(HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    for key, value in tokenizer_metadata(tokenizer, rows).items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value)
+    random = numpy.random.default_rng(0)
+    shapes = {
+        "token_embd": (rows, WIDTH),
+        "output": (rows, WIDTH),
+        "output_norm": (WIDTH,),
+        "blk.0.attn_norm": (WIDTH,),
+    }
+    shapes |= {f"blk.0.attn_{part}": (WIDTH, WIDTH) for part in ("q", "k", "v", "output")}
+    shapes |= {f"blk.0.ffn_{part}": (HIDDEN, WIDTH) for part in ("gate", "up")}
+    shapes |= {"blk.0.ffn_down": (WIDTH, HIDDEN), "blk.0.ffn_norm": (WIDTH,)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", random.standard_normal(shape, dtype=numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
