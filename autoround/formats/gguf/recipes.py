@@ -199,8 +199,7 @@ def tensor_types(
         elif recipe.base not in GGUF_TYPES:
             types[name] = recipe.base
         elif name in outputs:
-            fits = shape[-1] % GgufSpec(type=recipe.base).block_columns == 0
-            types[name] = _fitting(recipe.output if fits else "q8_0", shape[-1])
+            types[name] = _fitting(recipe.output, shape[-1])
         else:
             types[name] = _fitting(_choose(recipe, name, anywhere), shape[-1])
     return types
