@@ -22,9 +22,8 @@ Errors: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, WeightSpec], Tenso
 # Candidates that ``errors`` sees at a time, so that a compiled one is compiled once for every search.
 CANDIDATES = 8
 LEAST_SQUARES_ROUNDS = 3
-# By which a block's largest scale is cut so that the others lie on finer levels.
-CUTS = (1.0, 0.98, 0.96, 0.93, 0.9, 0.87, 0.84, 0.8)
-NEIGHBOURS = (0, -1, 1)
+# Levels of a scale or minimum that are tried, relative to the nearest.
+NEIGHBOURS = (0, -1, 1, -2, 2)
 
 
 def rounding_errors(
@@ -64,7 +63,7 @@ def fit_blocks(part: Prepared, clips: Clips, moment_NS: Tensor, spec: GgufSpec, 
     """Better clips for groups of whole GGUF blocks.
 
     First each group's scale and minimum are fitted to its codes by weighted least squares, over and over; then, where
-    blocks store them as integers, the blocks' factors and each group's integers are searched by the error that remains.
+    blocks store them as integers, each group's integers are searched by the error that remains.
 
     Args:
         part: N groups as one row.
@@ -82,7 +81,7 @@ def fit_blocks(part: Prepared, clips: Clips, moment_NS: Tensor, spec: GgufSpec, 
     own = _Fit(part.weight_OGS[0], moment_NS, spec, errors)
     scales = own.least_squares(_scales_of(part, clips, spec))
     if spec.layout.scale_bits:
-        scales = own.levels(own.cuts(scales))
+        scales = own.levels(scales)
     return _clips_of(part, scales, spec)
 
 
@@ -100,16 +99,8 @@ class _Fit:
         scale_CN, min_CN = (torch.stack(own) for own in zip(*rounds, strict=True))
         return self._best(scale_CN, min_CN)
 
-    def cuts(self, scales: Scales) -> Scales:
-        """For each block the cut of its largest scale, then of its largest minimum, that leaves the least error."""
-        scale_N, min_N = scales
-        scale_N, min_N = self._best_cut(scale_N, lambda cut_CN: (cut_CN, min_N.expand_as(cut_CN)))
-        if not self._spec.sym:
-            scale_N, min_N = self._best_cut(min_N, lambda cut_CN: (scale_N.expand_as(cut_CN), cut_CN))
-        return scale_N, min_N
-
     def levels(self, scales: Scales) -> Scales:
-        """For each group the best of its integers and their neighbours; those at the last level set the factor."""
+        """The best of each group's integers and their neighbours; those at the last level set the factor of a block."""
         scale_N, min_N = scales
         scale_CN = self._neighbours(scale_N)
         if self._spec.sym:
@@ -144,17 +135,6 @@ class _Fit:
 
     def _all(self, scale_CN: Tensor, min_CN: Tensor) -> Tensor:
         return candidate_errors(self._errors, self._weight_NS, scale_CN, min_CN, self._moment_NS, self._spec)
-
-    def _best_cut(self, value_N: Tensor, scales_of: Callable[[Tensor], Scales]) -> Scales:
-        value_MB = self._blocks(value_N)
-        most_M1 = value_MB.abs().amax(-1, keepdim=True)
-        cut_CN = torch.stack([
-            factors(value_MB.clamp(-cut * most_M1, cut * most_M1), self._spec).product().flatten() for cut in CUTS
-        ])  # fmt: skip
-        scale_CN, min_CN = scales_of(cut_CN)
-        error_CM = self._blocks(self._all(scale_CN, min_CN)).sum(-1)
-        best_1N = error_CM.argmin(0, keepdim=True).repeat_interleave(self._spec.block_groups, dim=1)
-        return scale_CN.gather(0, best_1N)[0], min_CN.gather(0, best_1N)[0]
 
     def _neighbours(self, value_N: Tensor) -> Tensor:
         """The stored value of each group, and those a level below and above."""

@@ -19,6 +19,8 @@ from autoround.func.types import BlockWeights, Call, Params, Prepared, RoundingP
 from autoround.spec import GgufSpec, WeightSpec
 
 SHRINKS = tuple(1 - 0.03 * step for step in range(24))
+# Where a group is small and its scale free, finer steps and a wider range find scales on whose levels its weights lie.
+FINE_SHRINKS = tuple(1.24 - 0.02 * step for step in range(40))
 SINGLE_END_FACTORS = (0.7, 0.8, 0.88, 0.94, 1.0, 1.06, 1.12, 1.2)
 # Rounded weights computed at a time: candidates x groups x columns.
 SLICE_ELEMENTS = 2**20
@@ -115,8 +117,8 @@ def search_clips(
     for start in range(0, rows * groups, length):
         part, moment_NS = _slice(prepared, moment_OGS, start, length)
         clips = _choose(part, _coarse_candidates(part, spec), moment_NS, spec, errors)
-        if not spec.sym:
-            clips = _choose(part, _fine_candidates(clips), moment_NS, spec, errors)
+        for _ in range(0 if spec.sym else 1 + isinstance(spec, GgufSpec)):
+            clips = _choose(part, _fine_candidates(clips, spec), moment_NS, spec, errors)
         if isinstance(spec, GgufSpec):
             clips = fit_blocks(part, clips, moment_NS, spec, errors)
         found.append(clips)
@@ -144,7 +146,8 @@ def _slice(prepared: Prepared, moment_OGS: Tensor, start: int, length: int) -> t
 
 def _coarse_candidates(prepared: Prepared, spec: WeightSpec) -> Clips:
     """Both ends shrunk alike; on symmetric grids each end in turn is the one that sets the scale and its sign."""
-    shrink_C1 = torch.tensor(SHRINKS, device=prepared.lo_OG.device).unsqueeze(-1)
+    shrinks = FINE_SHRINKS if spec.sym and isinstance(spec, GgufSpec) else SHRINKS
+    shrink_C1 = torch.tensor(shrinks, device=prepared.lo_OG.device).unsqueeze(-1)
     clip_CN = shrink_C1 * torch.ones_like(prepared.lo_OG)
     if not spec.sym:
         return clip_CN, clip_CN
@@ -159,9 +162,10 @@ def _below(limit_CN: Tensor, end_1N: Tensor) -> Tensor:
     return (0.99 * limit_CN / end_1N.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
 
 
-def _fine_candidates(clips: Clips) -> Clips:
+def _fine_candidates(clips: Clips, spec: WeightSpec) -> Clips:
     """Each end moved a little alone."""
+    most = grid_of(spec).CLIP_RANGE[1]
     factor_C1 = torch.tensor(SINGLE_END_FACTORS, device=clips[0].device).unsqueeze(-1)
-    moved_min_CN, moved_max_CN = ((clip_N * factor_C1).clamp(max=1) for clip_N in clips)
+    moved_min_CN, moved_max_CN = ((clip_N * factor_C1).clamp(max=most) for clip_N in clips)
     clip_min_CN, clip_max_CN = clips[0].expand_as(moved_min_CN), clips[1].expand_as(moved_max_CN)
     return torch.cat([moved_min_CN, clip_min_CN]), torch.cat([clip_max_CN, moved_max_CN])
