@@ -7,8 +7,9 @@ llama.cpp has two tokenizers that language models of today use:
   highest score are merged first; characters that are no tokens become bytes.
 
 What a tokenizer does is read off its structure, never off its name. Where llama.cpp would split a text in another way
-the tokenizer is refused. Not written, as llama.cpp has no place for it: Unicode normalization (NFC), and that a space
-before or after a special token is dropped.
+the tokenizer is refused. llama.cpp has no place for some things, which are not written: Unicode normalization (NFC),
+that spaces around a special token are dropped, that no space goes in front of a text which starts with one or which
+follows a special token. Its patterns of "tekken" and "gpt-4o" take accented letters for capitals as well as small.
 """
 
 import json
