@@ -40,6 +40,9 @@ class Model(Protocol):
     """What is needed of an opened model; ``autoround.model.load.OpenModel`` is one."""
 
     @property
+    def name(self) -> str: ...
+
+    @property
     def skeleton(self) -> "PreTrainedModel": ...
 
     @property
@@ -47,6 +50,9 @@ class Model(Protocol):
 
     @property
     def source(self) -> Source: ...
+
+    @property
+    def folder(self) -> Path | None: ...
 
     @property
     def gguf_file(self) -> str | None: ...

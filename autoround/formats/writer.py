@@ -1,11 +1,12 @@
 """The one writer: streams a model with its quantized layers replaced into a new checkpoint folder."""
 
 import errno
+import functools
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,19 +43,47 @@ def write_checkpoint(
             does not match them; nothing is left behind.
     """
     limit = parse_size(max_shard_size)
+
+    def write(partial: Path) -> None:
+        _write_weights(contents, partial, limit)
+        _write_side_files(contents, partial)
+
+    write_folder(
+        folder,
+        write,
+        functools.partial(verify_checkpoint, contents),
+        needed=contents.expected_bytes(),
+        overwrite=overwrite,
+    )
+
+
+def write_folder(
+    folder: Path, write: Callable[[Path], None], verify: Callable[[Path], None], *, needed: int, overwrite: bool
+) -> None:
+    """Fill a folder under another name, check it, and only then give it its own.
+
+    Args:
+        folder: must not exist or be empty, unless ``overwrite``; then it is replaced as a whole.
+        write: fills the folder that it is given.
+        verify: reads that folder back; raises where it is not as it should be.
+        needed: bytes that will be written.
+        overwrite: replace what the folder holds.
+
+    Raises:
+        FormatError: the folder is in use, the disk is full or not writable; nothing is left behind, whatever is raised.
+    """
     check_folder(folder, overwrite=overwrite)
     partial = folder.with_name(f".{folder.name}.partial")
     with ExitStack() as cleanup:
         cleanup.callback(shutil.rmtree, partial, ignore_errors=True)
-        with _reported(folder, contents.expected_bytes()) as needed:
+        with _reported(folder, needed):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             if shutil.disk_usage(partial).free < needed:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            _write_weights(contents, partial, limit)
-            _write_side_files(contents, partial)
+            write(partial)
             _sync(partial)
-        verify_checkpoint(contents, partial)
+        verify(partial)
         _move(partial, folder)
 
 
@@ -199,10 +228,10 @@ def _move(partial: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _reported(folder: Path, needed: int) -> Iterator[int]:
+def _reported(folder: Path, needed: int) -> Iterator[None]:
     """Turn failures to write into one line that says what to do."""
     try:
-        yield needed
+        yield
     except (OSError, SafetensorError) as error:
         if not _is_disk_full(error):
             raise FormatError(f"{folder}: {error}; needed a writable folder; use another --output_dir") from error
