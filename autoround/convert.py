@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from autoround.errors import FormatError, ModelError
-from autoround.formats import awq_layout
 from autoround.formats.stored import Stored, stored
 from autoround.func.types import IntCodes
 from autoround.model.blocks import structure
@@ -67,6 +66,12 @@ class PackedSource:
     def read(self, name: str) -> Tensor:
         key = self.checkpoint_name(name)
         return read_tensor(self._files[key], key)
+
+    def zero_points(self, path: str) -> dict[str, Tensor]:
+        """The tensors with zero points of a packed layer by their last names."""
+        layer = self.layers[path]
+        keys = {kind: f"{layer}.{kind}" for kind in self._packed[layer] if "zero" in kind}
+        return {kind: read_tensor(self._files[key], key) for kind, key in keys.items()}
 
     def packed(self, path: str, *, data: bool = True) -> dict[str, Tensor]:
         """The tensors of a packed layer by their last names."""
@@ -134,9 +139,8 @@ def open_quantized(folder: Path, *, trust_remote_code: bool = False) -> Quantize
     for path in source.layers:
         if path not in layers:
             raise FormatError(f"{folder}: found packed tensors of {path}; needed those of linear layers")
-        specs[path] = layout.spec(source.packed(path, data=False), layers[path].in_features, path)
-    if quantization.get("sym", layout.name == "auto_awq" and _has_midpoints_only(source)):
-        specs = {path: replace(spec, sym=True) for path, spec in specs.items()}
+        spec = layout.spec(source.packed(path, data=False), layers[path].in_features, path)
+        specs[path] = replace(spec, sym=layout.is_symmetric(source.zero_points(path), spec))
     if not specs:
         raise FormatError(f"{folder}: found no packed layers; needed tensors named {', '.join(layout.needed)}")
     model = OpenModel(
@@ -144,13 +148,6 @@ def open_quantized(folder: Path, *, trust_remote_code: bool = False) -> Quantize
         trust_remote_code=trust_remote_code)  # fmt: skip
     plan = recorded(shape, _most_common(specs.values()), specs)
     return QuantizedModel(model=model, plan=plan, source=source, layout=layout)
-
-
-def _has_midpoints_only(source: PackedSource) -> bool:
-    """Whether all zero points of AWQ tensors are those of symmetric codes, which no config tells."""
-    midpoint = 1 << (awq_layout.BITS - 1)
-    zeros = (awq_layout.unpack_columns(source.packed(path)["qzeros"]) for path in source.layers)
-    return all(bool((zero_GO == midpoint).all()) for zero_GO in zeros)
 
 
 def _settings(folder: Path) -> dict[str, Any]:

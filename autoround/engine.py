@@ -22,15 +22,17 @@ from autoround.model.capture import CallTemplate, capture
 from autoround.model.finish import Ending, head_path, mean_square, read_weight
 from autoround.model.load import open_model
 from autoround.model.read import read_block
-from autoround.plan import Plan, check_head, resolve
+from autoround.plan import Plan, check_head
 from autoround.progress import BlockDone, Meter, Progress
 from autoround.recipe import Recipe
+from autoround.resolve import resolve
 from autoround.tuner import MOMENT_ROWS, BlockTuner, Inputs, Stream
 
 # Settings that decide no code by themselves: what they stand for is in the manifest in another form, or nothing is.
 FREE_SETTINGS = frozenset({
     "model", "revision", "cache_dir", "token", "trust_remote_code", "dataset", "format", "output_dir", "overwrite",
-    "max_shard_size", "model_dtype", "device_map", "low_gpu_mem_usage", "torch_compile",
+    "max_shard_size", "model_dtype", "device_map", "low_gpu_mem_usage", "torch_compile", "layer_config",
+    "ignore_layers", "quant_lm_head",
 })  # fmt: skip
 
 
@@ -93,7 +95,14 @@ class Run:
         )
         shape = dataclasses.replace(structure(self.model.skeleton), head=head_path(self.model.skeleton))
         self._head = shape.head
-        self.plan: Plan = resolve(recipe.spec, recipe.odd_shapes, shape, format_rules, head=recipe.quant_lm_head)
+        self.plan: Plan = resolve(
+            recipe.spec,
+            recipe.odd_shapes,
+            shape,
+            format_rules,
+            settings=recipe.layer_settings,
+            head=recipe.quant_lm_head,
+        )
         self._numerics = self._choose_numerics(attention, recorded)
         self._meter = Meter(len(self.plan.parts), recipe.iters, self._backend.memory_bytes, on_progress)
         self._journal: Journal | None = None

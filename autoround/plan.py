@@ -1,13 +1,14 @@
 """The plan: the fate of every weight, decided before any work starts. Torch-free."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from autoround.errors import UsageError
-from autoround.spec import WHOLE_ROW, QuantSpec
+from autoround.spec import QuantSpec
 
-FITTING_GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)
 _ADVICE = "name the format when the run begins"
+# Formats whose layers may differ.
+_MIXED = "use auto_round, auto_gptq, gptq_v2, llm_compressor or fake"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,8 @@ class FormatRules:
         name: as the user types it.
         bits: widths it stores.
         group_sizes: sizes its loaders run, -1 for whole rows; empty means any.
-        uniform_group: one group size for the whole model.
+        uniform_group: shapes are fitted by one group size for the whole model.
+        mixed: layers may have bits and group sizes of their own where the user wants it.
         multiple: out_features and in_features must be multiples of this.
         zero_min: smallest zero point it stores.
         scale_dtypes: of the scales it stores; empty means any.
@@ -74,6 +76,7 @@ class FormatRules:
     bits: tuple[int, ...] = (2, 3, 4, 8)
     group_sizes: tuple[int, ...] = ()
     uniform_group: bool = False
+    mixed: bool = True
     multiple: int = 1
     zero_min: int = 0
     scale_dtypes: tuple[str, ...] = ()
@@ -154,64 +157,6 @@ class Plan:
         return {path: layer.spec for path, layer in self.layers.items() if layer.spec is not None}
 
 
-def resolve(
-    spec: QuantSpec, odd_shapes: str, structure: Structure, rules: Sequence[FormatRules], *, head: bool = False
-) -> Plan:
-    """Decide the fate of every weight.
-
-    Args:
-        spec: what the user asked for.
-        odd_shapes: for rows that ``spec.group_size`` does not divide: "fit" takes the largest group size that the
-            layer and every format take, "keep" leaves the layer unquantized, "fail" raises.
-        structure: the model.
-        rules: of every requested format.
-        head: quantize the output head too.
-
-    Raises:
-        UsageError: a format cannot hold the spec, a shape does not fit, or nothing is left to quantize.
-    """
-    for rule in rules:
-        _check_spec(spec, rule)
-        check_head(head, rule)
-    if head and not structure.head:
-        raise UsageError(
-            f"quant_lm_head: found no output head in {structure.architecture}; needed one that is a linear layer; "
-            "leave it out"
-        )
-    spec = replace(spec, zero_min=max((rule.zero_min for rule in rules), default=0))
-    ends = {structure.head} if head else frozenset()
-    layers = [layer for block in structure.blocks for layer in block.layers]
-    layers += [layer for layer in structure.outside if layer.path in ends]
-    spec, notes = _fit_whole_model(spec, odd_shapes, layers, rules)
-    blocks = tuple(
-        BlockPlan(path=block.path, layers=tuple(_fate(layer, spec, odd_shapes, rules) for layer in block.layers))
-        for block in structure.blocks
-    )
-    if not any(block.specs for block in blocks):
-        reasons = sorted({layer.reason for block in blocks for layer in block.layers})
-        raise UsageError(
-            f"plan: found no layer to quantize ({'; '.join(reasons)}); use a smaller --group_size or other formats"
-        )
-    outside = tuple(
-        _fate(shape, spec, odd_shapes, rules) if shape.path in ends else _left_alone(shape)
-        for shape in structure.outside
-    )
-    fates = [layer for block in blocks for layer in block.layers]
-    fates += [layer for layer in outside if layer.shape.path in ends]
-    refitted = sum(1 for layer in fates if layer.spec is not None and layer.spec.group_size != spec.group_size)
-    if refitted:
-        notes.append(
-            f"{refitted} layers take a smaller group size than {spec.group_size}, which does not divide their rows"
-        )
-    notes.extend(f"{layer.shape.path} is kept: {layer.reason}" for layer in fates if layer.spec is None)
-    notes.extend(
-        f"{layer.shape.path} is untied from {layer.shape.tied_to}, which stays unquantized"
-        for layer in outside
-        if layer.spec is not None and layer.shape.tied_to
-    )
-    return Plan(architecture=structure.architecture, spec=spec, blocks=blocks, outside=outside, notes=tuple(notes))
-
-
 def recorded(structure: Structure, spec: QuantSpec, specs: Mapping[str, QuantSpec]) -> Plan:
     """The plan of codes that are there already.
 
@@ -228,7 +173,7 @@ def recorded(structure: Structure, spec: QuantSpec, specs: Mapping[str, QuantSpe
         for block in structure.blocks
     )
     outside = tuple(
-        _as_recorded(shape, specs) if shape.path in specs else _left_alone(shape) for shape in structure.outside
+        _as_recorded(shape, specs) if shape.path in specs else left_alone(shape) for shape in structure.outside
     )
     plan = Plan(architecture=structure.architecture, spec=spec, blocks=blocks, outside=outside)
     if unknown := sorted(set(specs) - set(plan.specs)):
@@ -245,7 +190,7 @@ def check_format(plan: Plan, rules: FormatRules) -> None:
     Raises:
         UsageError: names the layer.
     """
-    _check_spec(plan.spec, rules)
+    check_spec(plan.spec, rules, f"format {rules.name}")
     for layer in plan.outside if not rules.head else ():
         if layer.spec is not None:
             raise UsageError(
@@ -255,14 +200,15 @@ def check_format(plan: Plan, rules: FormatRules) -> None:
     for layer in plan.layers.values():
         if layer.spec is None:
             continue
-        where, group = f"format {rules.name}: {layer.shape.path}", layer.spec.group_size
-        if reason := _misfit(layer.shape, [rules]):
+        where = f"format {rules.name}: {layer.shape.path}"
+        if reason := misfit(layer.shape, [rules]):
             raise UsageError(f"{where}: {reason}; {_ADVICE}")
-        _check_group(group, rules, where)
-        if rules.uniform_group and group != plan.spec.group_size:
-            raise UsageError(
-                f"{where}: found group_size {group}; needed {plan.spec.group_size} as elsewhere; {_ADVICE}"
-            )
+        for name in ("bits", "group_size") if not rules.mixed else ():
+            own, usual = getattr(layer.spec, name), getattr(plan.spec, name)
+            if own != usual:
+                raise UsageError(f"{where}: found {name} {own}; needed {usual} as elsewhere; {_MIXED}")
+        check_spec(layer.spec, rules, where)
+        check_group(layer.spec.group_size, rules, where)
 
 
 def check_head(head: bool, rules: FormatRules) -> None:
@@ -284,59 +230,28 @@ def holds(plan: Plan, rules: FormatRules) -> bool:
     return True
 
 
-def _check_spec(spec: QuantSpec, rule: FormatRules) -> None:
+def check_spec(spec: QuantSpec, rule: FormatRules, where: str) -> None:
+    """Refuse bits and scales that a format does not store.
+
+    Raises:
+        UsageError: begins with ``where``.
+    """
     if spec.bits not in rule.bits:
-        raise UsageError(f"format {rule.name}: found bits {spec.bits}; needed one of {', '.join(map(str, rule.bits))}")
+        raise UsageError(f"{where}: found bits {spec.bits}; needed one of {', '.join(map(str, rule.bits))}")
     if rule.scale_dtypes and spec.scale_dtype not in rule.scale_dtypes:
-        raise UsageError(
-            f"format {rule.name}: found scale_dtype {spec.scale_dtype}; needed {' or '.join(rule.scale_dtypes)}"
-        )
+        raise UsageError(f"{where}: found scale_dtype {spec.scale_dtype}; needed {' or '.join(rule.scale_dtypes)}")
 
 
-def _check_group(group_size: int, rule: FormatRules, where: str) -> None:
+def check_group(group_size: int, rule: FormatRules, where: str) -> None:
+    """Refuse a group size that a format's loaders do not run.
+
+    Raises:
+        UsageError: begins with ``where``.
+    """
     if not rule.takes_group(group_size):
         raise UsageError(
             f"{where}: found group_size {group_size}; needed one of {', '.join(map(str, rule.group_sizes))}"
         )
-
-
-def _fit_whole_model(
-    spec: QuantSpec, odd_shapes: str, layers: Sequence[LayerShape], rules: Sequence[FormatRules]
-) -> tuple[QuantSpec, list[str]]:
-    """The group size for the whole model where a format needs a single one."""
-    rows = {layer.in_features for layer in layers if not _misfit(layer, rules)}
-    uniform = any(rule.uniform_group for rule in rules)
-    unfit = sorted(row for row in rows if spec.group_size != WHOLE_ROW and row % spec.group_size)
-    refused = [rule for rule in rules if not rule.takes_group(spec.group_size)]
-    for size in _sizes_below(spec.group_size) if odd_shapes == "fit" and (refused or (uniform and unfit)) else ():
-        if all(rule.takes_group(size) for rule in rules) and (not uniform or all(row % size == 0 for row in rows)):
-            cause = (
-                f"{refused[0].name} does not take {spec.group_size}"
-                if refused
-                else f"{spec.group_size} does not divide rows of {unfit[0]}"
-            )
-            return replace(spec, group_size=size), [f"group size {size} for the whole model: {cause}"]
-    for rule in refused:
-        _check_group(spec.group_size, rule, f"format {rule.name}")
-    return spec, []
-
-
-def _fate(layer: LayerShape, spec: QuantSpec, odd_shapes: str, rules: Sequence[FormatRules]) -> LayerPlan:
-    if reason := _misfit(layer, rules):
-        return LayerPlan(shape=layer, spec=None, reason=reason)
-    if spec.group_size == WHOLE_ROW or layer.in_features % spec.group_size == 0:
-        return LayerPlan(shape=layer, spec=spec)
-    if odd_shapes == "fail":
-        try:
-            spec.group_of(layer.in_features)
-        except UsageError as error:
-            raise UsageError(f"{layer.path}: {error}") from None
-    if odd_shapes == "fit" and not any(rule.uniform_group for rule in rules):
-        for size in _sizes_below(spec.group_size):
-            if layer.in_features % size == 0 and all(rule.takes_group(size) for rule in rules):
-                return LayerPlan(shape=layer, spec=replace(spec, group_size=size))
-    reason = f"group_size {spec.group_size} does not divide in_features {layer.in_features}"
-    return LayerPlan(shape=layer, spec=None, reason=reason)
 
 
 def _as_recorded(layer: LayerShape, specs: Mapping[str, QuantSpec]) -> LayerPlan:
@@ -344,12 +259,13 @@ def _as_recorded(layer: LayerShape, specs: Mapping[str, QuantSpec]) -> LayerPlan
     return LayerPlan(shape=layer, spec=spec, reason="" if spec else "kept when the codes were made")
 
 
-def _left_alone(layer: LayerShape) -> LayerPlan:
+def left_alone(layer: LayerShape) -> LayerPlan:
+    """The fate of a layer outside the blocks that is not quantized."""
     tied = f", tied to {layer.tied_to}" if layer.tied_to else ""
     return LayerPlan(shape=layer, spec=None, reason=f"outside the blocks{tied}")
 
 
-def _misfit(layer: LayerShape, rules: Sequence[FormatRules]) -> str:
+def misfit(layer: LayerShape, rules: Sequence[FormatRules]) -> str:
     """Why some format cannot take a layer, whatever its spec; empty if all can."""
     multiple = max((rule.multiple for rule in rules), default=1)
     if layer.in_features % multiple or layer.out_features % multiple:
@@ -357,7 +273,3 @@ def _misfit(layer: LayerShape, rules: Sequence[FormatRules]) -> str:
     if not layer.linear and (refusing := [rule.name for rule in rules if rule.linear_only]):
         return f"it is a Conv1D, which {refusing[0]} does not take"
     return ""
-
-
-def _sizes_below(group_size: int) -> list[int]:
-    return [size for size in FITTING_GROUP_SIZES if size < group_size]

@@ -6,6 +6,7 @@ from pathlib import PurePath
 from typing import Any, Literal, TypedDict, cast
 
 from autoround.errors import UsageError
+from autoround.layers import LayerSetting, read_ignored, read_layer_config
 from autoround.spec import SCALE_DTYPES, QuantSpec
 
 
@@ -70,6 +71,11 @@ class Recipe:
         choices=("fit", "keep", "fail"))
     quant_lm_head: bool = _option(
         False, "quantize the output head too; formats auto_round and fake", "scheme", off_flags=("no_quant_lm_head",))
+    layer_config: Any = _option(
+        (), "settings of single layers, JSON or YAML, as text or a file: path or pattern -> scheme, settings or keep, "
+        "as {k_proj: {bits: 8}, up_proj: W8A16, layers.0: keep}; later ones win, whole paths over patterns", "scheme")
+    ignore_layers: Any = _option(
+        (), "comma list of paths, parts of paths or patterns of layers to keep in 16 bits", "scheme", "fp_layers")
 
     format: tuple[str, ...] = _option(("auto_round",), "comma list of layouts to write", "output", "formats")
     output_dir: str = _option("autoround-output", "folder for the quantized model and its journal", "output")
@@ -120,6 +126,8 @@ class Recipe:
             object.__setattr__(self, "model_dtype", SCALE_DTYPES[self.model_dtype])
         if self.clip_search is None:
             object.__setattr__(self, "clip_search", self.iters > 0)
+        object.__setattr__(self, "layer_config", read_layer_config(self.layer_config))
+        object.__setattr__(self, "ignore_layers", read_ignored(self.ignore_layers))
         _ = self.spec  # refuses impossible bits, group sizes and schemes
 
     @property
@@ -128,6 +136,11 @@ class Recipe:
         given = {"bits": self.bits, "group_size": self.group_size, "sym": self.sym, "scale_dtype": self.scale_dtype}
         overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return replace(QuantSpec.parse(self.scheme), **overrides)
+
+    @property
+    def layer_settings(self) -> tuple[LayerSetting, ...]:
+        """Of single layers, whatever option they were given by."""
+        return (*self.layer_config, *self.ignore_layers)
 
     @property
     def needs_data(self) -> bool:

@@ -43,7 +43,7 @@ def test_every_layout_becomes_every_other(form: str, sym: bool, tmp_path: Path) 
         assert_same_tensors(found, tiny.write(other, tmp_path / other.replace(":", "_"), dtype="float16"))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_other_widths_and_mixed_groups(bits: int, tmp_path: Path) -> None:
     tiny = quantized(tiny_llama(), "auto_round", bits=bits, group_size=64)
     source = tiny.write("auto_round", tmp_path / "source")
@@ -53,8 +53,10 @@ def test_other_widths_and_mixed_groups(bits: int, tmp_path: Path) -> None:
     assert_same_tensors(source, again)
     configs = [json.loads((folder / "config.json").read_text()) for folder in (source, again)]
     assert configs[0] == configs[1]
-    with pytest.raises(UsageError, match="format auto_gptq: .*found group_size 32; needed 64 as elsewhere"):
-        convert(source, "auto_gptq", tmp_path / "gptq")
+    assert open_quantized(convert(source, "gptq_v2", tmp_path / "v2")).plan.specs == tiny.plan.specs
+    if bits == 4:
+        with pytest.raises(UsageError, match="format auto_awq: .*found group_size 32; needed 64 as elsewhere; use auto_r"):
+            convert(source, "auto_awq", tmp_path / "awq")
 
 
 def test_tied_heads_and_conv1d(tmp_path: Path) -> None:

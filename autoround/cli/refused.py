@@ -37,10 +37,10 @@ _ADVICE: Mapping[str, str] = {
         "enable_deterministic_algorithms disable_deterministic_algorithms"
     ),
     "leave it out: the device chooses the dtype it computes in": "disable_amp",
-    "not available yet; use one --scheme for the whole model": (
-        "layer_config avg_bits target_bits options option shared_layers ignore_scale_zp_bits"
+    "not available yet; use --layer_config to give layers bits of their own": (
+        "avg_bits target_bits options option shared_layers ignore_scale_zp_bits"
     ),
-    "not available yet; every linear layer of every block is quantized": "ignore_layers fp_layers to_quant_block_names",
+    "leave it out: all blocks are quantized; --ignore_layers keeps some in 16 bits": "to_quant_block_names",
     "weights are stored as integers; use --bits, --group_size and --sym or --asym": "data_type dtype",
     "activations stay in 16 bits; use a scheme that ends in A16": (
         "act_bits act_group_size act_asym act_data_type act_dtype disable_act_dynamic "

@@ -15,7 +15,10 @@ from autoround.spec import QuantSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoGptq:
-    """One group size for the whole model, float16 scales; version 1 holds ``zero - 1``, version 2 the zero itself."""
+    """Float16 scales; version 1 holds ``zero - 1``, version 2 the zero itself.
+
+    Layers may differ from the whole, which GPTQModel reads and transformers with optimum does not.
+    """
 
     rules: FormatRules = RULES["auto_gptq"]
     checkpoint_format: str = "gptq"
@@ -40,26 +43,23 @@ class AutoGptq:
         return gptq_layout.unpack_layer(tensors, spec, zero_offset=self._zero_offset)
 
     def config(self, plan: Plan) -> dict[str, Any]:
-        """Layers kept inside the blocks are named twice: by exclusion (``dynamic``) for loaders that follow it and,
-        where all blocks keep the same ones, by an allow-list (``modules_in_block_to_quantize``) for the others."""
+        """Layers of blocks that differ are named in ``dynamic``, kept ones by exclusion. For loaders that do not follow
+        it, an allow-list (``modules_in_block_to_quantize``) says what is kept, where all blocks keep the same."""
         config: dict[str, Any] = {
             "quant_method": "gptq",
             "checkpoint_format": self.checkpoint_format,
-            "bits": plan.spec.bits,
-            "group_size": plan.spec.group_size,
-            "sym": plan.spec.sym,
+            **gptq_layout.settings(plan.spec),
             "data_type": "int",
             "desc_act": False,
             "true_sequential": False,
             "damp_percent": 0.01,
             "lm_head": False,
         }
-        kept = [layer.shape.path for block in plan.blocks for layer in block.layers if layer.spec is None]
-        if kept:
-            config["dynamic"] = gptq_layout.exclusions(kept)
-            allowed = {tuple(block.specs) for block in plan.blocks}
-            if len(allowed) == 1:
-                config["modules_in_block_to_quantize"] = [list(*allowed)]
+        if dynamic := gptq_layout.overrides(plan):
+            config["dynamic"] = dynamic
+        allowed = {tuple(block.specs) for block in plan.blocks}
+        if len(allowed) == 1 and any(layer.spec is None for block in plan.blocks for layer in block.layers):
+            config["modules_in_block_to_quantize"] = [list(*allowed)]
         return config
 
 

@@ -40,7 +40,7 @@ class AutoRound:
     def suited(self, plan: Plan) -> "AutoRound":
         if self.packing:
             return self
-        if plan.spec.sym:
+        if all(spec.sym for spec in plan.specs.values()):
             return AutoRound(packing=ZERO_MINUS_ONE)
         return AutoRound(packing=AWQ if holds(plan, RULES[AWQ]) else TRUE_ZERO)
 
@@ -64,9 +64,7 @@ class AutoRound:
         config: dict[str, Any] = {
             "quant_method": "auto-round",
             "packing_format": self.packing,
-            "bits": plan.spec.bits,
-            "group_size": plan.spec.group_size,
-            "sym": plan.spec.sym,
+            **gptq_layout.settings(plan.spec),
             "data_type": "int",
             "block_name_to_quantize": ",".join(dict.fromkeys(block.path.rpartition(".")[0] for block in plan.blocks)),
         }
@@ -76,21 +74,17 @@ class AutoRound:
 
 
 def _exceptions(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Path -> settings that differ from the plan's own."""
+    """Path -> settings that differ from the plan's own; all of them for layers outside the blocks."""
+    usual = gptq_layout.settings(plan.spec)
     exceptions: dict[str, dict[str, Any]] = {}
     for layer in (layer for block in plan.blocks for layer in block.layers):
         if layer.spec is None:
             exceptions[layer.shape.path] = {"bits": 16, "data_type": "fp"}
-        elif layer.spec.group_size != plan.spec.group_size:
-            exceptions[layer.shape.path] = {"group_size": layer.spec.group_size}
+        elif different := dict(gptq_layout.settings(layer.spec).items() - usual.items()):
+            exceptions[layer.shape.path] = {name: different[name] for name in usual if name in different}
     for layer in plan.outside:
         if layer.spec is not None:
-            exceptions[layer.shape.path] = {
-                "bits": layer.spec.bits,
-                "group_size": layer.spec.group_size,
-                "sym": layer.spec.sym,
-                "data_type": "int",
-            }
+            exceptions[layer.shape.path] = gptq_layout.settings(layer.spec) | {"data_type": "int"}
     return exceptions
 
 

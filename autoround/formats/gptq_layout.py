@@ -19,6 +19,7 @@ from torch import Tensor
 from autoround.errors import FormatError
 from autoround.formats.bits import pack_stream, unpack_stream
 from autoround.func.types import IntCodes
+from autoround.plan import Plan
 from autoround.spec import QuantSpec
 
 
@@ -72,6 +73,26 @@ def exclusions(paths: Iterable[str]) -> dict[str, dict[str, Any]]:
     {'-:^lm_head$': {}}
     """
     return {f"-:^{re.escape(path)}$": {} for path in paths}
+
+
+def settings(spec: QuantSpec) -> dict[str, Any]:
+    """A layer's storage as the configurations of these layouts name it.
+
+    >>> settings(QuantSpec(bits=8, group_size=32))
+    {'bits': 8, 'group_size': 32, 'sym': True}
+    """
+    return {"bits": spec.bits, "group_size": spec.group_size, "sym": spec.sym}
+
+
+def overrides(plan: Plan) -> dict[str, dict[str, Any]]:
+    """The ``dynamic`` setting for layers inside the blocks that are kept or differ from the plan's spec."""
+    dynamic: dict[str, dict[str, Any]] = {}
+    for layer in (layer for block in plan.blocks for layer in block.layers):
+        if layer.spec is None:
+            dynamic |= exclusions([layer.shape.path])
+        elif (own := settings(layer.spec)) != settings(plan.spec):
+            dynamic[f"+:^{re.escape(layer.shape.path)}$"] = own
+    return dynamic
 
 
 def g_idx(codes: IntCodes, spec: QuantSpec) -> Tensor:

@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from autoround.plan import FormatRules
 
-# The configuration names one group size, and kernels know these; scales are float16.
+# The configuration names one group size, with exceptions that not every loader reads; kernels know these sizes.
 _GPTQ = FormatRules(
     name="auto_gptq",
     group_sizes=(-1, 16, 32, 64, 128, 256, 512, 1024),
@@ -20,6 +20,7 @@ _AWQ = FormatRules(
     bits=(4,),
     group_sizes=(-1, 16, 32, 64, 128),
     uniform_group=True,
+    mixed=False,
     multiple=32,
     scale_dtypes=("float16",),
     linear_only=True,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from autoround.errors import FormatError
 from autoround.formats import awq_layout, gptq_layout
+from autoround.formats.bits import unpack_stream
 from autoround.formats.llm_compressor import LLM_COMPRESSOR
 from autoround.func.types import IntCodes
 from autoround.spec import BITS, WHOLE_ROW, QuantSpec
@@ -47,14 +48,14 @@ class Stored:
         needed: last names of the tensors that every packed layer has; the first tells that a layer is packed.
         optional: of those that a layer may have.
         zero_offset: what GPTQ tensors subtract from zero points; None for other tensors.
-        whole_rows: a single group in a row stands for whole rows, whatever their length.
+        group_sizes: that its quantization config names, for the whole model and for single layers.
     """
 
     name: str
     needed: tuple[str, ...] = _GPTQ_TENSORS
     optional: tuple[str, ...] = ()
     zero_offset: int | None = None
-    whole_rows: bool = False
+    group_sizes: frozenset[int] = frozenset()
 
     def layers(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """The packed layers among a checkpoint's tensors: name of the layer -> its tensors by their last names."""
@@ -84,10 +85,23 @@ class Stored:
             )
         return QuantSpec(
             bits=bits,
-            group_size=WHOLE_ROW if groups == 1 and self.whole_rows else in_features // groups,
+            group_size=self._group_size(in_features, groups),
             sym=self.name == "llm_compressor" and "weight_zero_point" not in tensors,
             scale_dtype=str(tensors[self._scale].dtype).removeprefix("torch."),
         )
+
+    def is_symmetric(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> bool:
+        """Whether a layer's zero points are those of symmetric codes, which configs tell of whole models at most.
+
+        Args:
+            tensors: those whose names have "zero" in them, with data.
+            spec: its bits.
+        """
+        if self.name == "llm_compressor":
+            return spec.sym
+        zeros = tensors["qzeros"]
+        zero_GO = awq_layout.unpack_columns(zeros) if self.zero_offset is None else unpack_stream(zeros, spec.bits)
+        return bool((zero_GO == spec.midpoint - (self.zero_offset or 0)).all())
 
     def codes(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> IntCodes:
         """A layer's codes, from tensors with data.
@@ -100,6 +114,11 @@ class Stored:
         if "g_idx" in tensors:
             gptq_layout.check_g_idx(tensors["g_idx"], spec)
         return gptq_layout.unpack_layer(tensors, spec, zero_offset=self.zero_offset)
+
+    def _group_size(self, in_features: int, groups: int) -> int:
+        """A single group in a row is a whole row unless the config knows its length as a group size."""
+        alone = groups == 1 and WHOLE_ROW in self.group_sizes and in_features not in self.group_sizes
+        return WHOLE_ROW if alone else in_features // groups
 
     @property
     def _scale(self) -> str:
@@ -137,12 +156,11 @@ def stored(config: Mapping[str, Any], where: str) -> Stored:
         )
     name = variants[variant]
     if name == "llm_compressor":
-        strategies = {group["weights"]["strategy"] for group in config.get("config_groups", {}).values()}
-        return Stored(
-            name=name, needed=_CT_TENSORS, optional=("weight_zero_point",), whole_rows=strategies == {"channel"}
-        )
-    whole_rows = config.get("group_size") == WHOLE_ROW
+        sizes = [group["weights"].get("group_size") or WHOLE_ROW for group in config.get("config_groups", {}).values()]
+        return Stored(name=name, needed=_CT_TENSORS, optional=("weight_zero_point",), group_sizes=frozenset(sizes))
+    own = (*(config.get("extra_config") or {}).values(), *(config.get("dynamic") or {}).values())
+    named = frozenset(each["group_size"] for each in (config, *own) if each and "group_size" in each)
     if name == "auto_awq":
-        return Stored(name=name, whole_rows=whole_rows)
+        return Stored(name=name, group_sizes=named)
     offset = int(name in ("auto_gptq", "auto_round:auto_gptq"))
-    return Stored(name=name, optional=("g_idx",), zero_offset=offset, whole_rows=whole_rows)
+    return Stored(name=name, optional=("g_idx",), zero_offset=offset, group_sizes=named)

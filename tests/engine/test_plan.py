@@ -9,20 +9,12 @@ from hypothesis import strategies as st
 
 from autoround.errors import UsageError
 from autoround.formats.rules import RULES
-from autoround.plan import (
-    FITTING_GROUP_SIZES,
-    BlockShape,
-    FormatRules,
-    LayerShape,
-    Plan,
-    Structure,
-    check_format,
-    resolve,
-)
+from autoround.plan import BlockShape, FormatRules, LayerShape, Plan, Structure, check_format
+from autoround.resolve import FITTING_GROUP_SIZES, resolve
 from autoround.spec import BITS, QuantSpec
 
 FREE = FormatRules(name="free")
-UNIFORM = FormatRules(name="uniform", uniform_group=True)
+UNIFORM = FormatRules(name="uniform", uniform_group=True, mixed=False)
 
 
 def structure(*rows: int, blocks: int = 2, out_features: int = 64) -> Structure:

@@ -15,7 +15,7 @@ from autoround.spec import QuantSpec
 
 # Everything that holds settings, descriptions or events and no tensor.
 MODULES = (
-    "autoround.spec", "autoround.recipe", "autoround.plan", "autoround.progress", "autoround.data.language",
+    "autoround.spec", "autoround.layers", "autoround.recipe", "autoround.plan", "autoround.resolve", "autoround.progress", "autoround.data.language",
     "autoround.data.report", "autoround.formats.auto_gptq", "autoround.formats.auto_round", "autoround.formats.fake",
     "autoround.formats.rules", "autoround.backends.base", "autoround.cli.flags",
 )  # fmt: skip

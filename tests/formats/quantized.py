@@ -16,7 +16,8 @@ from autoround.func import IntCodes, QuantSpec
 from autoround.model.blocks import structure
 from autoround.model.finish import head_path, read_weight
 from autoround.model.load import OpenModel, open_model
-from autoround.plan import Plan, resolve
+from autoround.plan import Plan
+from autoround.resolve import resolve
 
 
 def tiny_llama(*, seed: int = 0, intermediate: int = 96, tied: bool = False, bias: bool = False) -> PreTrainedModel:

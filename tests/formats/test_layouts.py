@@ -12,7 +12,8 @@ from autoround import func
 from autoround.errors import FormatError, UsageError
 from autoround.formats.registry import get_format, rules
 from autoround.func import IntCodes, QuantSpec
-from autoround.plan import BlockShape, LayerShape, Plan, Structure, resolve
+from autoround.plan import BlockShape, LayerShape, Plan, Structure
+from autoround.resolve import resolve
 
 # Stored zero points of the symmetric grid in version 1 files: the midpoint minus one in every field.
 SYMMETRIC_WORDS = {2: [0x55555555], 3: [0xDB6DB6DB, 0xB6DB6DB6, 0x6DB6DB6D], 4: [0x77777777], 8: [0x7F7F7F7F]}
