@@ -9,7 +9,8 @@ llama.cpp has two tokenizers that language models of today use:
 What a tokenizer does is read off its structure, never off its name. Where llama.cpp would split a text in another way
 the tokenizer is refused. llama.cpp has no place for some things, which are not written: Unicode normalization (NFC),
 that spaces around a special token are dropped, that no space goes in front of a text which starts with one or which
-follows a special token. Its patterns of "tekken" and "gpt-4o" take accented letters for capitals as well as small.
+follows a special token. Its patterns of "tekken" and "gpt-4o" take accented letters for capitals as well as small, and
+split combining marks off their letters; every file of these families shares that.
 """
 
 import json
