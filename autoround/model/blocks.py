@@ -55,6 +55,14 @@ def structure(skeleton: PreTrainedModel) -> Structure:
     )
 
 
+def embedding(skeleton: PreTrainedModel) -> LayerShape:
+    """The embedding of tokens, each row of its weight being one token's."""
+    module = skeleton.get_input_embeddings()
+    path = next(path for path, each in skeleton.named_modules() if each is module)
+    rows, columns = module.get_parameter("weight").shape
+    return LayerShape(path=path, out_features=rows, in_features=columns)
+
+
 def _is_block(module: nn.Module) -> bool:
     paths = linear_paths(module)
     return bool(paths) and "" not in paths
