@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy
 import pytest
+import torch
 from transformers import GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
+from autoround.formats.gguf.container import GgufTensor, write_gguf
 from autoround.formats.gguf.tokenizer import tokenizer_metadata
 from tests.clients.environments import client_python
 from tests.formats import gguf_tokenizers as small
@@ -72,24 +72,17 @@ def test_llama_cpp_tokenizes_alike(name: str, answers: dict[str, dict[str, Any]]
 
 
 def write(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A random Llama of one layer with a tokenizer, and some rows that have no token."""
-    writer, rows = gguf.GGUFWriter(file, "llama"), len(tokenizer) + HOLES
-    writer.add_context_length(64)
-    writer.add_embedding_length(WIDTH)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(HIDDEN)
-    writer.add_head_count(HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    for key, value in tokenizer_metadata(tokenizer, rows).items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value)
-    random = numpy.random.default_rng(0)
+    """A Llama of one layer with a tokenizer, and some rows that have no token."""
+    rows = len(tokenizer) + HOLES
+    metadata = {
+        "general.architecture": "llama",
+        "llama.context_length": 64,
+        "llama.embedding_length": WIDTH,
+        "llama.block_count": 1,
+        "llama.feed_forward_length": HIDDEN,
+        "llama.attention.head_count": HEADS,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    }
     shapes = {
         "token_embd": (rows, WIDTH),
         "output": (rows, WIDTH),
@@ -99,9 +92,5 @@ def write(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     shapes |= {f"blk.0.attn_{part}": (WIDTH, WIDTH) for part in ("q", "k", "v", "output")}
     shapes |= {f"blk.0.ffn_{part}": (HIDDEN, WIDTH) for part in ("gate", "up")}
     shapes |= {"blk.0.ffn_down": (WIDTH, HIDDEN), "blk.0.ffn_norm": (WIDTH,)}
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", random.standard_normal(shape, dtype=numpy.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tensors = [GgufTensor(f"{name}.weight", shape, "f32", partial(torch.ones, shape)) for name, shape in shapes.items()]
+    write_gguf(file, metadata | tokenizer_metadata(tokenizer, rows), tensors)

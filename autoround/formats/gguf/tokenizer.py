@@ -18,11 +18,10 @@ import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from autoround.errors import FormatError
+from autoround.formats.gguf.container import Value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Value = str | bool | int | list[str] | list[int] | list[float]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -85,7 +84,7 @@ def tokenizer_metadata(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) ->
         vocab_size: rows of the model's embedding; ids without a token become "[PADi]".
 
     Returns:
-        Key -> value: integers are uint32, those in lists int32; floats are float32.
+        Key -> value, as ``write_gguf`` takes them.
 
     Raises:
         FormatError: llama.cpp would tokenize in another way, or ids exceed ``vocab_size``.
