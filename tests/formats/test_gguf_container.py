@@ -36,7 +36,6 @@ METADATA: dict[str, Value] = {
     "a.flags": [True, False],
     "a.large": Encoded(GGUFValueType.UINT64, struct.pack("<Q", 2**63)),
 }
-FILE = {"general.file_type", "general.quantization_version", "general.alignment", "split.count", "split.no"}
 
 
 def tensors() -> dict[str, tuple[str, tuple[int, ...], Tensor]]:
@@ -135,7 +134,13 @@ def test_an_empty_file_of_metadata_only(tmp_path: Path) -> None:
 
 
 def test_metadata_are_copied_byte_for_byte(tmp_path: Path) -> None:
-    own = {"split.count": 1, "split.no": 0, "general.alignment": 32} | quantization_metadata(15)
+    own: dict[str, Value] = {
+        "split.count": 1,
+        "split.no": 0,
+        "general.alignment": 32,
+        "quantize.imatrix.file": "imatrix.dat",
+    }
+    own |= quantization_metadata(15)
     assert own["general.file_type"] == 15 and own["general.quantization_version"] == 2
     write(tmp_path / "a.gguf", METADATA | own)
     copied = copied_metadata(tmp_path / "a.gguf")

@@ -115,6 +115,11 @@ def write_gguf(file: Path, metadata: Mapping[str, Value], tensors: Sequence[Gguf
             _write_data(stream, tensor)
 
 
+def data_bytes(tensors: Sequence[GgufTensor]) -> int:
+    """How much space their data take in a file."""
+    return sum(_padded(math.prod(_byte_shape(tensor.name, tensor.type, tensor.shape))) for tensor in tensors)
+
+
 def read_tensors(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a GGUF file, mapped into memory.
 
@@ -147,14 +152,14 @@ def read_metadata(file: Path) -> dict[str, Encoded]:
 def copied_metadata(file: Path) -> dict[str, Value]:
     """The metadata that a file with the same model in other types takes over unchanged.
 
-    Left out is what describes the types and the layout of this file: ``general.file_type``,
-    ``general.quantization_version``, ``general.alignment`` and ``split.*``.
+    Left out is what describes the types and the layout of this file, and how it came to them: ``general.file_type``,
+    ``general.quantization_version``, ``general.alignment``, ``split.*`` and ``quantize.*``.
 
     Raises:
         FormatError: no complete GGUF file.
     """
-    own = (FILE_TYPE, QUANTIZATION_VERSION, "general.alignment")
-    return {key: value for key, value in read_metadata(file).items() if key not in own and not key.startswith("split.")}
+    own = (FILE_TYPE, QUANTIZATION_VERSION, "general.alignment", "split.", "quantize.")
+    return {key: value for key, value in read_metadata(file).items() if not key.startswith(own)}
 
 
 class _Info(NamedTuple):
