@@ -23,6 +23,7 @@ TAIL = """
 |---|---|
 | `auto_round`, packing `auto_round:auto_awq`, in auto-round 0.16.1 | needs GPTQModel or auto-round-lib there |
 | `auto_gptq`, asymmetric, in GPTQModel 7.7 | it takes asymmetric codes of version 1 only from itself: use `gptq_v2` |
+| `auto_gptq` and `gptq_v2`, mixed bits, in transformers 5.23 | optimum does not read the setting `dynamic` |
 | `llm_compressor`, asymmetric, in transformers 5.23 | expects unpacked zero points; compressed-tensors packs them |
 | `llm_compressor`, 3 bits | versions of compressed-tensors pack them in two ways that no file tells apart |
 | vLLM, SGLang | not installed here |
@@ -32,6 +33,8 @@ TAIL = """
 ALSO = {
     "whole-rows": "whole rows as groups",
     "mixed-groups": "mixed group sizes",
+    "mixed-bits": "mixed bits",
+    "quantized-head": "a quantized head",
     "kept-layers": "kept layers",
     "tied-conv1d": "Conv1D and a tied head",
     "bfloat16-scales": "bfloat16 scales",

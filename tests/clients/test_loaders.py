@@ -31,6 +31,15 @@ TOLERANCE = 0.05
 Make = Callable[[], PreTrainedModel]
 
 
+# Widths, groups and kept layers of two blocks; q, k and v agree, as do gate and up: some clients run them as one.
+MIXED: dict[str, Any] = {
+    "layers.0.self_attn.[qkv]_proj": {"bits": 8},
+    "layers.1.self_attn": {"bits": 8, "group_size": 16},
+    "layers.1.mlp.(gate|up)": {"bits": 2, "group_size": -1},
+    "model.layers.1.mlp.down_proj": "keep",
+}
+
+
 def _llama_with_zero_points_of_0() -> PreTrainedModel:
     """Groups without negative weights start at code 0."""
     model = tiny_llama()
@@ -93,6 +102,13 @@ CASES: dict[str, Case] = {
     "intel-mixed-groups": _intel("auto_round", group_size=64),
     "intel-kept-layers": _intel("auto_round", lambda: tiny_llama(intermediate=80)),
     "intel-tied-conv1d": _intel("auto_round", tiny_gpt2),
+    "intel-mixed-bits": _intel("auto_round", layers=MIXED | {"layers.0.mlp.down": {"bits": 3}}),
+    "intel-asym-mixed-bits": _intel("auto_round:gptqmodel", sym=False, layers=MIXED | {"layers.0.mlp": {"sym": True}}),
+    "intel-quantized-head": _intel("auto_round", lambda: tiny_llama(tied=True), head=True),
+    "intel-asym-quantized-head": _intel(
+        "auto_round:gptqmodel", sym=False, head=True, layers={"lm_head": {"bits": 8, "group_size": 16}}
+    ),
+    "intel-tied-conv1d-quantized-head": _intel("auto_round", tiny_gpt2, head=True),
     "intel-gptq": _intel("auto_gptq"),
     "intel-gptq-kept-layers": _intel("auto_gptq", lambda: tiny_llama(intermediate=80), bits=3),
     **{
@@ -110,6 +126,8 @@ CASES: dict[str, Case] = {
     },
     "gptqmodel-zero-points-of-0": _gptqmodel("gptq_v2", _llama_with_zero_points_of_0, sym=False),
     "gptqmodel-kept-layers": _gptqmodel("auto_gptq", lambda: tiny_llama(intermediate=80), bits=3),
+    "gptqmodel-mixed-bits": _gptqmodel("auto_gptq", layers=MIXED | {"layers.0.mlp.down": {"bits": 3}}),
+    "gptqmodel-asym-mixed-bits": _gptqmodel("gptq_v2", sym=False, layers=MIXED | {"layers.0.mlp": {"sym": True}}),
     "gptqmodel-awq-sym": _gptqmodel("auto_awq", lambda: tiny_llama(bias=True)),
     "gptqmodel-awq-asym": _gptqmodel("auto_awq", _llama_with_zero_points_of_0, sym=False),
     "gptqmodel-awq-kept-layers": _gptqmodel("auto_awq", lambda: tiny_llama(intermediate=80)),
@@ -126,6 +144,8 @@ CASES: dict[str, Case] = {
     "transformers-awq-kept-layers": _transformers("auto_awq", lambda: tiny_llama(intermediate=80)),
     "compressed-whole-rows": _compressed(group_size=-1),
     "compressed-mixed-groups": _compressed(_llama_with_zero_points_of_0, group_size=64, sym=False),
+    "compressed-mixed-bits": _compressed(layers=MIXED),
+    "compressed-asym-mixed-bits": _compressed(sym=False, layers=MIXED | {"layers.0.mlp": {"sym": True}}),
     "compressed-kept-layers": _compressed(lambda: tiny_llama(intermediate=80)),
     "compressed-bfloat16-scales": _compressed(scale_dtype="bfloat16"),
 }

@@ -13,6 +13,7 @@ from autoround.formats.contents import Contents
 from autoround.formats.registry import get_format, rules
 from autoround.formats.writer import write_checkpoint
 from autoround.func import IntCodes, QuantSpec
+from autoround.layers import read_layer_config
 from autoround.model.blocks import structure
 from autoround.model.finish import head_path, read_weight
 from autoround.model.load import OpenModel, open_model
@@ -64,11 +65,20 @@ class Quantized:
 
 
 def quantized(
-    model: PreTrainedModel | Path, *formats: str, odd_shapes: str = "fit", head: bool = False, **settings: Any
+    model: PreTrainedModel | Path,
+    *formats: str,
+    odd_shapes: str = "fit",
+    head: bool = False,
+    layers: Any = (),
+    **settings: Any,
 ) -> Quantized:
-    """Open a model and plan it for some formats; the spec is W4 in groups of 32 where settings do not say otherwise."""
+    """Open a model and plan it for some formats; the spec is W4 in groups of 32 where settings do not say otherwise.
+
+    Settings of single layers are those of a ``layer_config``.
+    """
     opened = open_model(model)
     spec = QuantSpec(**{"group_size": 32, **settings})
     needed = [rules(form) for form in formats or ("auto_round",)]
     shape = replace(structure(opened.skeleton), head=head_path(opened.skeleton))
-    return Quantized(opened, resolve(spec, odd_shapes, shape, needed, head=head))
+    own = read_layer_config(layers)
+    return Quantized(opened, resolve(spec, odd_shapes, shape, needed, settings=own, head=head))
