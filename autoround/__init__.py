@@ -5,19 +5,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from autoround.engine import quantize as quantize
+    from autoround.engine import quantize_each as quantize_each
     from autoround.hub import load as load
     from autoround.hub import register as register
     from autoround.recipe import Recipe as Recipe
     from autoround.spec import QuantSpec as QuantSpec
 
 __version__ = "0.1.0"
-__all__ = ["QuantSpec", "Recipe", "__version__", "load", "quantize", "register"]
+__all__ = ["QuantSpec", "Recipe", "__version__", "load", "quantize", "quantize_each", "register"]
 
 _HOMES = {
     "QuantSpec": "autoround.spec",
     "Recipe": "autoround.recipe",
     "load": "autoround.hub",
     "quantize": "autoround.engine",
+    "quantize_each": "autoround.engine",
     "register": "autoround.hub",
 }
 

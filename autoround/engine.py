@@ -12,17 +12,19 @@ from torch import Tensor, nn
 from autoround import __version__, func
 from autoround.backends.base import Numerics, select
 from autoround.data.tokens import Calibration, load_calibration, needs_tokenizer
-from autoround.errors import AutoRoundError
+from autoround.errors import AutoRoundError, UsageError
 from autoround.export import Target, origin, write_formats
+from autoround.families import split
+from autoround.formats.gguf.plan import plan_file
 from autoround.formats.registry import rules
 from autoround.formats.writer import check_folder, parse_size
 from autoround.journal import MANIFEST, Journal, digest, open_journal, read_manifest
-from autoround.model.blocks import structure
+from autoround.model.blocks import embedding, structure
 from autoround.model.capture import CallTemplate, capture
 from autoround.model.finish import Ending, head_path, mean_square, read_weight
 from autoround.model.load import open_model
 from autoround.model.read import read_block
-from autoround.plan import Plan, check_head
+from autoround.plan import FormatRules, Plan, Structure, check_format, check_head
 from autoround.progress import BlockDone, Meter, Progress
 from autoround.recipe import Recipe
 from autoround.resolve import resolve
@@ -57,6 +59,21 @@ def quantize(
     return Run(model, recipe, tokenizer=tokenizer, on_progress=on_progress)
 
 
+def quantize_each(
+    model: str | Path | nn.Module,
+    recipe: Recipe,
+    *,
+    tokenizer: Any = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> tuple["Run", ...]:
+    """Plan a run for each grid that the recipe's formats need: one for integer codes, one for each GGUF file type.
+
+    Args and errors are those of ``quantize``; all runs are planned before any work starts.
+    """
+    recipes = split(recipe)
+    return tuple(Run(model, each, tokenizer=tokenizer, on_progress=on_progress) for each in recipes)
+
+
 class Run:
     """A planned run: iterate to tune block after block, then ``export``.
 
@@ -74,6 +91,11 @@ class Run:
         tokenizer: Any = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
+        if len(recipes := split(recipe)) > 1:
+            raise UsageError(
+                f"format: found {', '.join(recipe.format)}, which need {len(recipes)} grids; needed formats of one; "
+                "use quantize_each"
+            )
         self.recipe = recipe
         format_rules = [rules(name) for name in recipe.format]
         for each in format_rules:
@@ -95,14 +117,7 @@ class Run:
         )
         shape = dataclasses.replace(structure(self.model.skeleton), head=head_path(self.model.skeleton))
         self._head = shape.head
-        self.plan: Plan = resolve(
-            recipe.spec,
-            recipe.odd_shapes,
-            shape,
-            format_rules,
-            settings=recipe.layer_settings,
-            head=recipe.quant_lm_head,
-        )
+        self.plan: Plan = self._planned(shape, format_rules)
         self._numerics = self._choose_numerics(attention, recorded)
         self._meter = Meter(len(self.plan.parts), recipe.iters, self._backend.memory_bytes, on_progress)
         self._journal: Journal | None = None
@@ -121,7 +136,7 @@ class Run:
 
     def __iter__(self) -> Iterator[BlockDone]:
         """Do the work, one event per block; blocks that an interrupted run finished are reported as resumed."""
-        calibration = self._calibration() if self.recipe.needs_data else None
+        calibration = self._calibration() if self.recipe.needs_data and self.plan.specs else None
         if self._journal is None:
             self._journal = self._open_journal(calibration)
         journal = self._journal
@@ -168,6 +183,24 @@ class Run:
             on_format=lambda name, folder: self._meter.phase("export", f"{name} in {folder}"),
         )
 
+    def _planned(self, shape: Structure, format_rules: Sequence[FormatRules]) -> Plan:
+        """The fate of every weight: that of a GGUF file, or what the recipe says."""
+        recipe, source = self.recipe, self.model.source
+        if file_type := next((rule.file_type for rule in format_rules if rule.file_type), ""):
+            shapes = {name: source.shape(name) for name in source.names()}
+            plan = plan_file(file_type, shape, embedding(self.model.skeleton), self.model.config, shapes)
+            for rule in format_rules:
+                check_format(plan, rule)
+            return plan
+        return resolve(
+            recipe.spec,
+            recipe.odd_shapes,
+            shape,
+            format_rules,
+            settings=recipe.layer_settings,
+            head=recipe.quant_lm_head,
+        )
+
     def _choose_numerics(self, attention: str, recorded: Mapping[str, Any]) -> Numerics:
         """The backend's choices, or those recorded by the run that this one continues."""
         recipe, backend = self.recipe, self._backend
@@ -204,7 +237,8 @@ class Run:
         tokens = () if calibration is None else (("tokens", calibration.tokens_NT), ("valid", calibration.valid_NT))
         settings = dataclasses.asdict(self.recipe)
         manifest = {
-            "recipe": {name: value for name, value in settings.items() if name not in FREE_SETTINGS},
+            "recipe": {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
+            | {"clip_search": self.recipe.searches_clips},
             "origin": self._origin,
             "spec": dataclasses.asdict(self.plan.spec),
             "plan": {path: dataclasses.asdict(spec) for path, spec in self.plan.specs.items()},
@@ -253,15 +287,18 @@ class Run:
 
     def _outside(
         self, tuner: BlockTuner, stream: Stream | None, calibration: Calibration | None
-    ) -> dict[str, func.IntCodes]:
+    ) -> dict[str, func.Codes]:
         """Codes of the layers outside the blocks; only the head's inputs are known."""
         specs, moments = self.plan.parts[-1].specs, {}
-        if self._head in specs and stream is not None and calibration is not None:
+        head = self._head
+        if head and head not in specs:  # it may compute with the weight of another one
+            head = self.plan.layers[head].shape.tied_to
+        if head in specs and stream is not None and calibration is not None:
             blocks = [block.path for block in self.plan.blocks]
             ending = Ending(self.model, blocks, self._head, self._device, self._numerics.torch_dtype)
             rows = (stream.quantized_NTD, calibration.tokens_NT, calibration.valid_NT)
             inputs = ending.head_inputs(*(each[:MOMENT_ROWS] for each in rows), batch_size=self.recipe.batch_size)
-            moments[self._head] = mean_square(inputs)
+            moments[head] = mean_square(inputs)
         weights = ((path, read_weight(self.model, path, device=self._device)) for path in specs)
         return {path: tuner.quantize_layer(path, own, specs[path], moments.get(path)) for path, own in weights}
 

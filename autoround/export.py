@@ -1,21 +1,22 @@
 """From codes to checkpoints: every format of a run, at its end or later from its journal alone."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from autoround.convert import open_quantized
 from autoround.errors import JournalError
 from autoround.formats.contents import BlockCodes, Contents
+from autoround.formats.gguf.file import GgufFile
 from autoround.formats.registry import get_format, resolve_name, rules
-from autoround.formats.writer import check_folder, parse_size, write_checkpoint
+from autoround.formats.writer import check_folder, parse_size, write_checkpoint, write_folder
 from autoround.journal import MANIFEST, ORIGIN, Journal, digest, read_manifest
-from autoround.model.blocks import structure
+from autoround.model.blocks import embedding, structure
 from autoround.model.load import OpenModel, open_model
 from autoround.plan import Plan, check_format, recorded
 from autoround.recipe import Recipe
-from autoround.spec import QuantSpec
+from autoround.spec import spec_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,14 +68,31 @@ def write_formats(
         AutoRoundError: see ``write_checkpoint``.
     """
     names = tuple(map(resolve_name, target.formats))
+    files = {name: GgufFile(file_type=file_type, model=model, plan=plan, codes=codes)
+             for name in names if (file_type := rules(name).file_type)}  # fmt: skip
+    for file in files.values():
+        file.check()
     several = len(names) > 1
     folders = tuple(target.folder / name.replace(":", "_") if several else target.folder for name in names)
     for name, folder in zip(names, folders, strict=True):
         on_format(name, folder)
+        if (file := files.get(name)) is not None:
+            _write_file(file, folder, overwrite=target.overwrite)
+            continue
         dtype = target.dtype or ("float16" if model.gguf_file else None)
         contents = Contents(model=model, plan=plan, codes=codes, form=get_format(name).suited(plan), dtype=dtype)
         write_checkpoint(contents, folder, max_shard_size=target.max_shard_size, overwrite=target.overwrite)
     return folders
+
+
+def _write_file(file: GgufFile, folder: Path, *, overwrite: bool) -> None:
+    write_folder(
+        folder,
+        lambda partial: file.write(partial / file.name),
+        lambda partial: file.verify(partial / file.name),
+        needed=file.nbytes,
+        overwrite=overwrite,
+    )
 
 
 def export_checkpoint(
@@ -173,5 +191,8 @@ def export_journal(
 
 def _planned(manifest: dict[str, Any], model: OpenModel) -> Plan:
     """The plan that a journal's codes were made by."""
-    specs = {path: QuantSpec(**settings) for path, settings in manifest["plan"].items()}
-    return recorded(structure(model.skeleton), QuantSpec(**manifest["spec"]), specs)
+    specs = {path: spec_of(settings) for path, settings in manifest["plan"].items()}
+    shape, tokens = structure(model.skeleton), embedding(model.skeleton)
+    if tokens.path in specs:
+        shape = replace(shape, outside=(tokens, *shape.outside))
+    return recorded(shape, spec_of(manifest["spec"]), specs)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autoround.errors import UsageError
-from autoround.spec import QuantSpec
+from autoround.spec import GgufSpec, QuantSpec, WeightSpec
 
 _ADVICE = "name the format when the run begins"
 # Formats whose layers may differ.
@@ -70,6 +70,8 @@ class FormatRules:
         scale_dtypes: of the scales it stores; empty means any.
         linear_only: its loaders replace linear modules only, not a Conv1D.
         head: it holds a quantized output head.
+        file_type: of GGUF, which decides the plan alone; empty for layouts of integer codes.
+        any_grid: it holds codes of every grid.
     """
 
     name: str
@@ -82,6 +84,8 @@ class FormatRules:
     scale_dtypes: tuple[str, ...] = ()
     linear_only: bool = False
     head: bool = False
+    file_type: str = ""
+    any_grid: bool = False
 
     def takes_group(self, group_size: int) -> bool:
         return not self.group_sizes or group_size in self.group_sizes
@@ -92,7 +96,7 @@ class LayerPlan:
     """The fate of one layer: a spec, or kept with the reason why."""
 
     shape: LayerShape
-    spec: QuantSpec | None
+    spec: WeightSpec | None
     reason: str = ""
 
 
@@ -114,7 +118,7 @@ class BlockPlan:
         return self.path or ", ".join(self.specs)
 
     @property
-    def specs(self) -> dict[str, QuantSpec]:
+    def specs(self) -> dict[str, WeightSpec]:
         """Path relative to the block -> spec, for the layers that are quantized."""
         return {
             layer.shape.path.removeprefix(self.prefix): layer.spec for layer in self.layers if layer.spec is not None
@@ -133,7 +137,7 @@ class Plan:
     """
 
     architecture: str
-    spec: QuantSpec
+    spec: WeightSpec
     blocks: tuple[BlockPlan, ...]
     outside: tuple[LayerPlan, ...]
     notes: tuple[str, ...] = ()
@@ -152,12 +156,12 @@ class Plan:
         return {layer.shape.path: layer for layer in (*inside, *self.outside)}
 
     @property
-    def specs(self) -> dict[str, QuantSpec]:
+    def specs(self) -> dict[str, WeightSpec]:
         """Path -> spec of every quantized layer."""
         return {path: layer.spec for path, layer in self.layers.items() if layer.spec is not None}
 
 
-def recorded(structure: Structure, spec: QuantSpec, specs: Mapping[str, QuantSpec]) -> Plan:
+def recorded(structure: Structure, spec: WeightSpec, specs: Mapping[str, WeightSpec]) -> Plan:
     """The plan of codes that are there already.
 
     Args:
@@ -190,6 +194,11 @@ def check_format(plan: Plan, rules: FormatRules) -> None:
     Raises:
         UsageError: names the layer.
     """
+    if isinstance(plan.spec, GgufSpec) != bool(rules.file_type) and not rules.any_grid:
+        found, needed = ("GGUF", "integer") if isinstance(plan.spec, GgufSpec) else ("integer", "GGUF")
+        raise UsageError(f"format {rules.name}: found codes of {found} grids; needed {needed} ones; {_ADVICE}")
+    if isinstance(plan.spec, GgufSpec):
+        return
     check_spec(plan.spec, rules, f"format {rules.name}")
     for layer in plan.outside if not rules.head else ():
         if layer.spec is not None:
@@ -207,6 +216,7 @@ def check_format(plan: Plan, rules: FormatRules) -> None:
             own, usual = getattr(layer.spec, name), getattr(plan.spec, name)
             if own != usual:
                 raise UsageError(f"{where}: found {name} {own}; needed {usual} as elsewhere; {_MIXED}")
+        assert isinstance(layer.spec, QuantSpec)  # as the plan's own
         check_spec(layer.spec, rules, where)
         check_group(layer.spec.group_size, rules, where)
 
@@ -254,7 +264,7 @@ def check_group(group_size: int, rule: FormatRules, where: str) -> None:
         )
 
 
-def _as_recorded(layer: LayerShape, specs: Mapping[str, QuantSpec]) -> LayerPlan:
+def _as_recorded(layer: LayerShape, specs: Mapping[str, WeightSpec]) -> LayerPlan:
     spec = specs.get(layer.path)
     return LayerPlan(shape=layer, spec=spec, reason="" if spec else "kept when the codes were made")
 

@@ -97,7 +97,8 @@ class Recipe:
     adam: bool = _option(False, "AdamW in place of SignSGD", "tuning", "enable_adam")
     gradient_accumulate_steps: int = _option(1, "batches whose gradients one step sums up", "tuning")
     clip_search: bool | None = _option(
-        None, "start the clips from an activation-weighted search; on when unset and iters is not 0", "tuning",
+        None, "start the clips from an activation-weighted search; when unset, on unless iters is 0, and on for GGUF",
+        "tuning",
         off_flags=("no_clip_search",))
     keep: Literal["last", "best"] = _option(
         "last", "parameters to keep: the last ones, or those of the best minibatch", "tuning",
@@ -124,8 +125,6 @@ class Recipe:
         _check_choices(self)
         if self.model_dtype is not None:
             object.__setattr__(self, "model_dtype", SCALE_DTYPES[self.model_dtype])
-        if self.clip_search is None:
-            object.__setattr__(self, "clip_search", self.iters > 0)
         object.__setattr__(self, "layer_config", read_layer_config(self.layer_config))
         object.__setattr__(self, "ignore_layers", read_ignored(self.ignore_layers))
         _ = self.spec  # refuses impossible bits, group sizes and schemes
@@ -143,9 +142,16 @@ class Recipe:
         return (*self.layer_config, *self.ignore_layers)
 
     @property
+    def searches_clips(self) -> bool:
+        """Whether clips start from a search: as ``clip_search`` says, or by the steps and formats."""
+        if self.clip_search is not None:
+            return self.clip_search
+        return self.iters > 0 or any(str(name).lower().startswith("gguf:") for name in self.format)
+
+    @property
     def needs_data(self) -> bool:
         """Whether anything is learned from calibration text."""
-        return self.iters > 0 or bool(self.clip_search)
+        return self.iters > 0 or self.searches_clips
 
     def learning_rate(self, bits: int) -> float:
         """Of the offsets: ``lr``, or 1/iters, doubled for long runs at 2 and 3 bits."""

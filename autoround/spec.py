@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from autoround.errors import UsageError
 
@@ -230,3 +230,12 @@ class GgufSpec:
 
 
 WeightSpec: TypeAlias = QuantSpec | GgufSpec
+
+
+def spec_of(settings: Mapping[str, Any]) -> WeightSpec:
+    """The spec that ``dataclasses.asdict`` made settings of.
+
+    >>> spec_of({"type": "q4_k"})
+    GgufSpec(type='q4_k')
+    """
+    return GgufSpec(**settings) if "type" in settings else QuantSpec(**settings)

@@ -123,7 +123,7 @@ class BlockTuner:
 
     def quantize_layer(
         self, path: str, weight_OI: Tensor, spec: func.WeightSpec, moment_I: Tensor | None = None
-    ) -> func.IntCodes:
+    ) -> func.Codes:
         """Quantize one layer by itself, without steps: with the clips that the recipe's search finds, or to nearest.
 
         Rows do not depend on each other, so that a few at a time bound the memory.
@@ -143,7 +143,7 @@ class BlockTuner:
         for rows_OI in weight_OI.split(max(1, LAYER_ELEMENTS // weight_OI.shape[1])):
             weights = func.split_tensors({f"{path}.weight": rows_OI}, specs)
             params = func.init_params(weights.tuned)
-            if self._recipe.clip_search:
+            if self._recipe.searches_clips:
                 params = init.search_params(weights, moments, specs, errors=errors)
             parts.append(_quantize(weights.tuned, params, specs)[path])
         return type(parts[0])(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
@@ -170,7 +170,7 @@ class BlockTuner:
         inputs: Inputs,
     ) -> func.Params:
         """Parameters before the first step."""
-        if not self._recipe.clip_search:
+        if not self._recipe.searches_clips:
             return func.init_params(weights.tuned)
         x_NTD, valid_NT = inputs.stream.quantized_NTD, inputs.valid_NT
         rows = torch.arange(min(len(x_NTD), MOMENT_ROWS)).split(self._recipe.batch_size)

@@ -4,7 +4,7 @@ import errno
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from autoround.cli.flags import Command, parse, program
 from autoround.cli.refused import COMMANDS
@@ -13,6 +13,9 @@ from autoround.errors import AutoRoundError, UsageError
 from autoround.plan import Plan, check_head
 from autoround.progress import BlockDone, Progress
 from autoround.recipe import Recipe
+
+if TYPE_CHECKING:
+    from autoround.cli.display import Display
 
 INTERRUPTED = 130
 FAILED = 1
@@ -29,6 +32,9 @@ class Run(Protocol):
     """What the commands need of a planned run: see ``autoround.engine.Run``."""
 
     @property
+    def recipe(self) -> Recipe: ...
+
+    @property
     def plan(self) -> Plan: ...
 
     def __iter__(self) -> Iterator[BlockDone]: ...
@@ -37,9 +43,11 @@ class Run(Protocol):
 
 
 class Quantize(Protocol):
-    """Opens a model and plans its run: see ``autoround.engine.quantize``."""
+    """Opens a model and plans its runs: see ``autoround.engine.quantize_each``."""
 
-    def __call__(self, model: str, recipe: Recipe, *, on_progress: Callable[[Progress], None] | None = None) -> Run: ...
+    def __call__(
+        self, model: str, recipe: Recipe, *, on_progress: Callable[[Progress], None] | None = None
+    ) -> Sequence[Run]: ...
 
 
 def auto_round() -> int:
@@ -107,18 +115,20 @@ def main(argv: Sequence[str] | None = None, preset: str = "default", *, quantize
 
 def _check(recipe: Recipe) -> None:
     """Refuse what can be refused before torch is imported."""
+    from autoround.families import split
     from autoround.formats.registry import rules
 
-    for name in recipe.format:
-        check_head(recipe.quant_lm_head, rules(name))
+    for each in split(recipe):
+        for name in each.format:
+            check_head(each.quant_lm_head, rules(name))
     if recipe.dataset is not None:
         parse_specs(recipe.dataset)
 
 
 def _engine() -> Quantize:
-    from autoround.engine import quantize
+    from autoround.engine import quantize_each
 
-    return quantize
+    return quantize_each
 
 
 def _work(command: Command, quantize: Quantize) -> None:
@@ -128,15 +138,22 @@ def _work(command: Command, quantize: Quantize) -> None:
 
     recipe = command.recipe
     with display(sys.stderr) as screen, logged(screen.note, debug=command.debug):
+        told = None if command.dry_run or command.quiet else screen.update
+        runs = quantize(recipe.model, recipe, on_progress=told)
         if command.dry_run:
-            result = show_plan(quantize(recipe.model, recipe).plan)
+            shown = [show_plan(run.plan, ", ".join(run.recipe.format) if len(runs) > 1 else "") for run in runs]
+            result = "\n\n".join(shown)
         else:
-            run = quantize(recipe.model, recipe, on_progress=None if command.quiet else screen.update)
-            for done in run:
-                if not command.quiet:
-                    screen.block_done(done, len(run.plan.parts))
-            result = "\n".join(map(str, run.export()))
+            result = "\n".join(str(folder) for run in runs for folder in _finish(run, screen, quiet=command.quiet))
     print(result)
+
+
+def _finish(run: Run, screen: "Display", *, quiet: bool) -> tuple[Path, ...]:
+    """Do a run's work and write its formats; their folders."""
+    for done in run:
+        if not quiet:
+            screen.block_done(done, len(run.plan.parts))
+    return run.export()
 
 
 def _export(command: Command) -> tuple[Path, ...]:

@@ -6,14 +6,20 @@ from collections.abc import Iterable
 from autoround.plan import LayerPlan, Plan
 
 
-def show_plan(plan: Plan) -> str:
-    """Lines that ``--dry_run`` prints: layers by fate and shape, then what is worth telling."""
+def show_plan(plan: Plan, formats: str = "") -> str:
+    """Lines that ``--dry_run`` prints: layers by fate and shape, then what is worth telling.
+
+    Args:
+        plan: of one run.
+        formats: what it is for, where a command has several runs, each tuned on a grid of its own.
+    """
     inside = [layer for block in plan.blocks for layer in block.layers]
     fates = (*inside, *plan.outside)
     quantized = [layer for layer in fates if layer.spec is not None]
     kept = [layer for layer in fates if layer.spec is None]
     weights = sum(_weights(layer) for layer in quantized)
-    lines = [
+    lines = [f"{formats}, tuned on its own grid", ""] if formats else []
+    lines += [
         f"{plan.architecture}: {len(plan.blocks)} blocks, {len(quantized)} layers to quantize with {weights:,} weights",
         "",
         "quantized",

@@ -40,9 +40,10 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "gptq": "auto_gptq",
         "awq": "auto_awq",
         "compressed-tensors": "llm_compressor",
+        **{f"gguf:q{bits}_k": f"gguf:q{bits}_k_m" for bits in (3, 4, 5)},
     }
 )
-# Names that users of other tools type and that are not here, with what to use; a key ending in ":" is a prefix.
+# Names that users of other tools type and that are not here, with what to use.
 ABSENT: Mapping[str, str] = MappingProxyType(
     {
         "auto_round:llm_compressor": "llm_compressor",
@@ -51,7 +52,7 @@ ABSENT: Mapping[str, str] = MappingProxyType(
         "fp8": "auto_round with --scheme W8A16",
         "mlx": "auto_round",
         "svdquant_nunchaku": "auto_round",
-        "gguf:": "fake, whose ordinary checkpoint every GGUF converter reads",
+        "gguf:q2_k_mixed": "gguf:q2_k",
     }
 )
 
@@ -70,17 +71,16 @@ def resolve_name(name: str) -> str:
     typed = ALIASES.get(typed, typed)
     if typed in known:
         return typed
-    for absent, advice in ABSENT.items():
-        if typed == absent or (absent.endswith(":") and typed.startswith(absent)):
-            raise UsageError(f"format: found {name}, which is not supported yet; use {advice}")
+    if typed in ABSENT:
+        raise UsageError(f"format: found {name}, which is not supported yet; use {ABSENT[typed]}")
     near = difflib.get_close_matches(typed, known, n=1)
     advice = f"; did you mean {near[0]}?" if near else ""
     raise UsageError(f"format: found {name!r}; needed one of {', '.join(known)}{advice}")
 
 
 def available() -> tuple[str, ...]:
-    """Every name that ``get_format`` takes: the package's own, then third parties'."""
-    return (*FORMATS, *(name for name in _third_parties() if name not in FORMATS))
+    """Every name of a layout: the package's own, then third parties'."""
+    return (*RULES, *(name for name in _third_parties() if name not in RULES))
 
 
 def rules(form: "str | Format") -> FormatRules:
@@ -98,7 +98,7 @@ def rules(form: "str | Format") -> FormatRules:
 
 
 def get_format(form: "str | Format") -> "Format":
-    """The layout of a name; an object is returned as it is.
+    """The layout of a folder of safetensors by its name; an object is returned as it is.
 
     Raises:
         UsageError: see ``resolve_name``.
@@ -106,6 +106,8 @@ def get_format(form: "str | Format") -> "Format":
     if not isinstance(form, str):
         return form
     name = resolve_name(form)
+    if name in RULES and RULES[name].file_type:
+        raise UsageError(f"format {name}: found a GGUF file; needed a folder of safetensors")
     if name not in FORMATS:
         return cast("Format", _third_parties()[name].load())
     module, _, attribute = FORMATS[name].partition(":")

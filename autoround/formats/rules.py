@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
+from autoround.formats.gguf.recipes import FILE_TYPES
 from autoround.plan import FormatRules
 
 # The configuration names one group size, with exceptions that not every loader reads; kernels know these sizes.
@@ -42,6 +43,7 @@ RULES: Mapping[str, FormatRules] = MappingProxyType({
         FormatRules(
             name="llm_compressor", bits=(2, 4, 8), multiple=32, scale_dtypes=("float16", "bfloat16"), linear_only=True
         ),
-        FormatRules(name="fake", head=True),
+        FormatRules(name="fake", head=True, any_grid=True),
+        *(FormatRules(name=f"gguf:{file_type}", file_type=file_type) for file_type in FILE_TYPES),
     )
 })  # fmt: skip

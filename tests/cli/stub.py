@@ -73,15 +73,17 @@ class StubRun:
 
 @dataclass
 class StubEngine:
-    """Takes the place of ``autoround.engine.quantize`` and remembers what it was asked."""
+    """Takes the place of ``autoround.engine.quantize_each`` and remembers what it was asked."""
 
     failure: BaseException | None = None
     failure_at_once: BaseException | None = None
     asked: list[Recipe] = field(default_factory=list)
 
-    def __call__(self, model: str, recipe: Recipe, *, on_progress: Callable[[Progress], None] | None = None) -> StubRun:
+    def __call__(
+        self, model: str, recipe: Recipe, *, on_progress: Callable[[Progress], None] | None = None
+    ) -> list[StubRun]:
         assert model == recipe.model
         self.asked.append(recipe)
         if self.failure_at_once is not None:
             raise self.failure_at_once
-        return StubRun(recipe, on_progress, self.failure)
+        return [StubRun(recipe, on_progress, self.failure)]

@@ -27,7 +27,7 @@ RESOLVED = {
 def test_a_command_runs_its_recipe(preset: str) -> None:
     recipe = parse(["m"], preset).recipe
     assert recipe == Recipe.preset(preset, model="m")
-    found = (recipe.iters, recipe.nsamples, recipe.learning_rate(bits=4), recipe.clip_search)
+    found = (recipe.iters, recipe.nsamples, recipe.learning_rate(bits=4), recipe.searches_clips)
     assert found == RESOLVED[preset]
     assert (recipe.batch_size, recipe.seqlen, recipe.spec) == (8, 2048, QuantSpec(bits=4, group_size=128, sym=True))
 

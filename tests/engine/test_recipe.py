@@ -15,7 +15,8 @@ from autoround.spec import QuantSpec
 
 # Everything that holds settings, descriptions or events and no tensor.
 MODULES = (
-    "autoround.spec", "autoround.layers", "autoround.recipe", "autoround.plan", "autoround.resolve", "autoround.progress", "autoround.data.language",
+    "autoround.spec", "autoround.layers", "autoround.recipe", "autoround.plan", "autoround.resolve",
+    "autoround.progress", "autoround.families", "autoround.formats.gguf.recipes", "autoround.data.language",
     "autoround.data.report", "autoround.formats.auto_gptq", "autoround.formats.auto_round", "autoround.formats.fake",
     "autoround.formats.rules", "autoround.backends.base", "autoround.cli.flags",
 )  # fmt: skip
@@ -25,19 +26,24 @@ DEFAULTS: dict[str, Any] = {"iters": 200, "nsamples": 128, "seqlen": 2048, "batc
 @pytest.mark.parametrize(
     ("preset", "settings"),
     [
-        ("default", {"clip_search": True}),
-        ("best", {"iters": 1000, "nsamples": 512, "clip_search": True}),
-        ("light", {"iters": 50, "lr": 5e-3, "clip_search": True}),
-        ("rtn", {"iters": 0, "clip_search": False}),
-        ("opt_rtn", {"iters": 0, "clip_search": True}),
+        ("default", {"searches_clips": True}),
+        ("best", {"iters": 1000, "nsamples": 512, "searches_clips": True}),
+        ("light", {"iters": 50, "lr": 5e-3, "searches_clips": True}),
+        ("rtn", {"iters": 0, "searches_clips": False}),
+        ("opt_rtn", {"iters": 0, "searches_clips": True}),
     ],
 )
 def test_presets(preset: str, settings: dict[str, Any]) -> None:
     recipe = Recipe.preset(preset)
     assert {name: getattr(recipe, name) for name in DEFAULTS | settings} == DEFAULTS | settings
-    others = set(options()) - set(DEFAULTS) - set(settings)
-    assert all(getattr(recipe, name) == getattr(Recipe(clip_search=recipe.clip_search), name) for name in others)
+    others = set(options()) - set(DEFAULTS) - set(settings) - {"clip_search"}
+    assert all(getattr(recipe, name) == getattr(Recipe(), name) for name in others)
     assert recipe.needs_data == (preset != "rtn")
+
+
+def test_gguf_files_are_searched_even_without_steps() -> None:
+    assert Recipe.preset("rtn", format=("gguf:q4_k_m",)).searches_clips
+    assert not Recipe.preset("rtn", format=("gguf:q4_k_m",), clip_search=False).searches_clips
 
 
 def test_there_are_five_presets() -> None:
@@ -62,7 +68,7 @@ def test_what_the_user_gives_wins_and_presets_fill_the_rest(preset: str, setting
     filled = {name: value for name, value in PRESETS[preset].items() if name not in settings}
     assert {name: getattr(recipe, name) for name in filled} == filled
     assert recipe == Recipe(**PRESETS[preset] | settings)
-    assert recipe.needs_data == (recipe.iters > 0 or bool(recipe.clip_search))
+    assert recipe.needs_data == (recipe.iters > 0 or recipe.searches_clips)
 
 
 def test_single_settings_lie_over_the_scheme() -> None:

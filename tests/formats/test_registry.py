@@ -10,6 +10,7 @@ from autoround.errors import UsageError
 from autoround.formats import registry
 from autoround.formats.fake import FAKE
 from autoround.formats.registry import ABSENT, FORMATS, available, get_format, resolve_name, rules
+from autoround.formats.rules import RULES
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -43,17 +44,26 @@ def test_a_typo_gets_the_near_name() -> None:
 
 def test_nonsense_gets_the_list() -> None:
     with pytest.raises(
-        UsageError, match=r"needed one of auto_round, .*, auto_gptq, gptq_v2, auto_awq, llm_compressor, fake$"
+        UsageError, match=r"needed one of auto_round, .*, llm_compressor, fake, gguf:q2_k_s, .*, gguf:bf16$"
     ):
         rules("zzz")
 
 
-@pytest.mark.parametrize("name", [*(name for name in ABSENT if not name.endswith(":")), "gguf:q4_k_m", "GGUF:Q8_0"])
+@pytest.mark.parametrize("name", ABSENT)
 def test_known_but_absent_names_get_advice(name: str) -> None:
     with pytest.raises(
-        UsageError, match=rf"found {name}, which is not supported yet; use .*(auto_|fake|llm_compressor)"
+        UsageError, match=rf"found {name}, which is not supported yet; use .*(auto_|gguf:|llm_compressor)"
     ):
         get_format(name)
+
+
+def test_gguf_file_types_are_known_and_no_folders() -> None:
+    assert resolve_name("GGUF:Q4_K") == "gguf:q4_k_m"
+    assert rules("gguf:q8_0").file_type == "q8_0"
+    with pytest.raises(UsageError, match=r"found 'gguf:q4_k_x'.*did you mean gguf:q4_k_"):
+        rules("gguf:q4_k_x")
+    with pytest.raises(UsageError, match="found a GGUF file; needed a folder"):
+        get_format("gguf:q8_0")
 
 
 def test_an_object_is_taken_as_it_is() -> None:
@@ -64,7 +74,7 @@ def test_an_object_is_taken_as_it_is() -> None:
 def test_third_parties(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = EntryPoint(name="Mine", value="autoround.formats.fake:FAKE", group=registry.ENTRY_POINTS)
     monkeypatch.setattr(registry, "entry_points", lambda *, group: [entry] if group == "autoround.formats" else [])
-    assert available() == (*FORMATS, "mine")
+    assert available() == (*RULES, "mine")
     assert get_format("MINE") is FAKE
     assert rules("mine") is FAKE.rules
 

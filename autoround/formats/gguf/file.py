@@ -20,12 +20,13 @@ from autoround.formats.gguf.container import (
     GgufTensor,
     Value,
     copied_metadata,
+    data_bytes,
     quantization_metadata,
     read_tensors,
     write_gguf,
 )
 from autoround.formats.gguf.metadata import extra_tensors, metadata
-from autoround.formats.gguf.plan import stored_types
+from autoround.formats.gguf.plan import check_types, stored_types
 from autoround.formats.gguf.recipes import FILE_TYPES
 from autoround.formats.gguf.tokenizer import tokenizer_metadata
 from autoround.func.types import AsymBlockCodes, SymBlockCodes
@@ -65,6 +66,21 @@ class GgufFile:
     def name(self) -> str:
         """Of the file, by llama.cpp's custom: that of the model, then the types of its tensors."""
         return f"{_plain_name(self.model)}-{self.file_type.upper()}.gguf"
+
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors."""
+        return data_bytes(self.tensors())
+
+    def check(self) -> None:
+        """Refuse a plan of other types than this kind of file has.
+
+        Raises:
+            UsageError: names the layer.
+        """
+        source = self.model.source
+        shapes = {name: source.shape(name) for name in source.names()}
+        check_types(self.plan, self.file_type, self.model.config, shapes)
 
     def tensors(self) -> list[GgufTensor]:
         """Everything that is written, in the order of the file: kept tensors first, then codes part by part."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from autoround.errors import UsageError
 from autoround.formats.gguf.architectures import check, stored_float, tensor_names
 from autoround.formats.gguf.recipes import FILE_TYPES, tensor_types
 from autoround.plan import BlockPlan, LayerPlan, LayerShape, Plan, Structure
@@ -51,6 +52,23 @@ def plan_file(
         blocks=blocks,
         outside=tuple(map(fate, (embedding, *structure.outside))),
     )
+
+
+def check_types(plan: Plan, file_type: str, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse codes of other types than a file of this kind has.
+
+    Raises:
+        UsageError: names the layer.
+    """
+    types = stored_types(file_type, config, shapes)
+    for path, layer in plan.layers.items():
+        needed = [types[name] for name in tensor_names(config, f"{path}.weight")]
+        found = str(layer.spec).lower() if layer.spec else ""
+        if needed and found != (needed[0] if needed[0] in GGUF_TYPES else ""):
+            raise UsageError(
+                f"format gguf:{file_type}: {path}: found {found or 'no'} codes; needed {needed[0]}; "
+                "name the format when the run begins"
+            )
 
 
 def stored_types(file_type: str, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
