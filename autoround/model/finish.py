@@ -59,6 +59,10 @@ class Ending(RecordingModel):
         self, model: OpenModel, blocks: Sequence[str], head: str, device: torch.device, dtype: torch.dtype
     ) -> None:
         super().__init__(model, [*blocks, head], device, dtype)
+        inside = RecordingModel(model, blocks, device, dtype)
+        inside(torch.zeros(1, 1, dtype=torch.int64), None, shift=0.0)  # finds out whether blocks return tuples
+        for recorder in self._recorders:
+            recorder.returns_tuple = inside._recorders[0].returns_tuple
         self._hidden_BTD = torch.empty(0)
         self._recorders[-2].register_forward_hook(self._replace)
 
