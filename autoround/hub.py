@@ -62,9 +62,10 @@ class PackedQuantizer(HfQuantizer):
         for path, module in list(model.named_modules()):
             if isinstance(module, StoredLinear):
                 self._repacked = True
-                model.set_submodule(path, module.packed())
-            elif isinstance(module, PackedLinear):
-                module.check_order()
+                module = module.packed()
+                model.set_submodule(path, module)
+            if isinstance(module, PackedLinear):
+                module.finish()
         return model
 
     @property
@@ -130,6 +131,12 @@ def load(
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a quantized or ordinary checkpoint for inference.
+
+    In float32 and float16, and in every forward that records gradients, the weights computed with are the stored ones:
+    ``scale * (q - zero)``. In bfloat16 without gradients (``torch.no_grad()``, ``generate``), layers of 3 and 4 bits
+    multiply up to 64 rows at once with torch's 4-bit kernel, three times as fast as a dense layer when it is large; it
+    rounds each scale to bfloat16 where other paths round each weight. Load in float32 to compare results exactly. On
+    CUDA the kernel takes up to 16 rows and is untested on hardware.
 
     Args:
         path: folder or hub name of a checkpoint in any layout of this package.

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from autoround.errors import FormatError, ModelError
+from autoround.formats.kernels import find_kernel
 from autoround.formats.packed import PackedLinear
 from autoround.hub import load, register
 from tests.formats.quantized import Quantized, quantized, tiny_gpt2, tiny_llama
@@ -109,6 +110,21 @@ def test_dtypes(scale_dtype: str, dtype: torch.dtype | None, tmp_path: Path) -> 
     assert layer.scales.dtype == getattr(torch, scale_dtype)
     assert layer.bias is not None
     assert layer.bias.dtype == model.dtype == _logits(model).dtype == (dtype or torch.float32)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_bfloat16_is_as_near_as_a_dense_model(sym: bool, tmp_path: Path) -> None:
+    """Without gradients, the kernel multiplies; its logits differ from float32 as those of dense bfloat16 do."""
+    tiny = quantized(_half(tiny_llama(bias=True)), "auto_round", "fake", sym=sym)
+    folders = {form: tiny.write(form, tmp_path / form) for form in ("auto_round", "fake")}
+    exact = _logits(load(folders["fake"], dtype="float32"))
+    packed = load(folders["auto_round"], dtype="bfloat16")
+    held = [path for path, layer in _packed(packed).items() if layer.tiles is not None]
+    assert "model.layers.0.self_attn.q_proj" in held or find_kernel(torch.device("cpu")) is None
+    dense, ours = (
+        float((_logits(model).float() - exact).norm()) for model in (load(folders["fake"], dtype="bfloat16"), packed)
+    )
+    assert ours < 2 * dense
 
 
 @pytest.fixture(scope="module")

@@ -3,29 +3,40 @@
 Legend: O output features, I input features, G groups in a row.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autoround.formats import gptq_layout
-from autoround.formats.bits import PERIOD
+from autoround.formats.bits import PERIOD, pack_stream
+from autoround.formats.kernels import Kernel, find_kernel, group_for, make_table
 from autoround.formats.stored import Stored
 from autoround.spec import QuantSpec
 
-# Codes dequantized at once on a CPU: few enough to stay in its cache and to reuse memory that is already mapped.
-_CPU_CODES = 2**18
+# Codes dequantized at once on a CPU: enough to keep its threads busy, few enough to reuse memory that is mapped.
+_PART = 2**21
+# Output features of a part are a multiple of this, and so of the kernels' tiles and of the words' periods.
+_STEP = 64
+# Codes that kernels of 4 bits hold; 2 bits would take twice their memory.
+_TILED_BITS = (3, 4)
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight stays packed and is dequantized in every call.
+    """A linear layer whose weight stays packed.
 
-    The weight is ``scale * (q - zero)`` in float32, then cast to the input's dtype, which is also the output's.
+    The weight is ``scale * (q - zero)`` in float32, dequantized part by part in every call, then cast to the input's
+    dtype, which is also the output's. On a CPU float16 is computed in float32, which is faster there and no less exact.
+
+    After ``finish``, weights of 3 and 4 bits are held as one of torch's kernels wants them, in place of ``qweight``;
+    files and state dicts do not show it. The kernel multiplies up to a few dozen rows of bfloat16 that need no
+    gradient; it rounds scales instead of weights to bfloat16.
 
     Attributes:
-        qweight: int32 (I * bits / 32, O).
+        qweight: int32 (I * bits / 32, O); None where ``tiles`` stands for it.
         qzeros: int32 (G, O * bits / 32), holding ``zero - zero_offset``.
-        scales: float (G, O), of either sign.
+        scales: float (G, O), of either sign; casting the module does not change them.
         g_idx: int32 (I,), group of every input column; None where columns are in order.
         reordered: whether ``g_idx`` must be followed because it is not ``column // (I / G)``.
         bias: (O,) or None.
@@ -46,47 +57,125 @@ class PackedLinear(nn.Module):
         for name in ("qweight", "qzeros", "scales"):
             self.register_buffer(name, tensors[name])
         self.register_buffer("g_idx", tensors.get("g_idx"))
+        self.register_buffer("tiles", None, persistent=False)
+        self.register_buffer("table", None, persistent=False)
         self.groups, self.out_features = self.scales.shape
         self.bits = self.qzeros.shape[1] * 32 // self.out_features
-        self.in_features = self.qweight.shape[0] * 32 // self.bits
+        self.in_features = tensors["qweight"].shape[0] * 32 // self.bits
         self.zero_offset = zero_offset
         self.reordered = False
+        self.kernel: Kernel | None = None
         self.bias = bias
 
-    qweight: Tensor
+    qweight: Tensor | None
     qzeros: Tensor
     scales: Tensor
     g_idx: Tensor | None
+    tiles: Tensor | None
+    table: Tensor | None
 
-    def check_order(self) -> None:
-        """Find out, once the tensors are loaded, whether columns are in order."""
+    def finish(self) -> None:
+        """Once the tensors are loaded: find out whether columns are in order, and hold the weight for a kernel."""
         if self.g_idx is not None:
             columns = torch.arange(self.in_features, device=self.g_idx.device)
             self.reordered = not torch.equal(self.g_idx, (columns // (self.in_features // self.groups)).int())
+        kernel, group = find_kernel(self.scales.device), group_for(self.in_features // self.groups)
+        if (
+            kernel is None
+            or group is None
+            or kernel is self.kernel
+            or self.reordered
+            or self.bits not in _TILED_BITS
+            or not kernel.fits(self.out_features, self.in_features)
+        ):
+            return
+        parts = [kernel.pack(self._codes(*part).t().int().contiguous()) for part in self._parts()]
+        self.kernel, self.tiles, self.qweight = kernel, torch.cat(parts), None
+        repeats = self.in_features // self.groups // group
+        self.table = make_table(self.scales, self._zeros(0, self.out_features), repeats)
 
-    def dequantize(self, first: int = 0, count: int | None = None) -> Tensor:
-        """The weight of ``count`` output features from ``first`` on (both multiples of 32), float32 (I, count)."""
-        last = self.out_features if count is None else min(first + count, self.out_features)
-        words = slice(first * self.bits // 32, last * self.bits // 32)
-        zero_GO = unpack_words(self.qzeros[:, words].t(), self.bits).t().contiguous().float() + self.zero_offset
+    def dequantize(self, first: int = 0, last: int | None = None) -> Tensor:
+        """The weight of output features from ``first`` to ``last``, multiples of 64: float32 (I, last - first)."""
+        last = self.out_features if last is None else last
+        codes_IO = self._codes(first, last)
+        zero_GO = self._zeros(first, last).to(codes_IO.dtype)
         scale_GO = self.scales[:, first:last].float()
-        weight_IO = unpack_words(self.qweight[:, first:last], self.bits).float()
         if self.reordered and self.g_idx is not None:
-            return weight_IO.sub_(zero_GO[self.g_idx]).mul_(scale_GO[self.g_idx])
-        grouped = weight_IO.view(self.groups, -1, last - first)
-        grouped.sub_(zero_GO.unsqueeze(1)).mul_(scale_GO.unsqueeze(1))
+            return codes_IO.sub_(zero_GO[self.g_idx]).float().mul_(scale_GO[self.g_idx])
+        codes_IO.view(self.groups, -1, last - first).sub_(zero_GO.unsqueeze(1))
+        weight_IO = codes_IO.float()
+        weight_IO.view(self.groups, -1, last - first).mul_(scale_GO.unsqueeze(1))
         return weight_IO
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, I) -> (…, O)."""
-        count = self.out_features
-        if x.device.type == "cpu":
-            count = max(PERIOD, _CPU_CODES // self.in_features // PERIOD * PERIOD)
+        if self.kernel is not None and self.kernel.takes(x):
+            return self._multiply_tiles(x, self.kernel)
+        if x.device.type == "cpu" and x.dtype == torch.float16:
+            return self._multiply(x.float()).half()
+        return self._multiply(x)
+
+    def _multiply_tiles(self, x: Tensor, kernel: Kernel) -> Tensor:
+        """Multiply without dequantizing."""
+        assert self.tiles is not None and self.table is not None
+        rows_MI = x.reshape(-1, self.in_features).contiguous()
+        y_MO = kernel.multiply(rows_MI, self.tiles, self.in_features // len(self.table), self.table)
+        y = y_MO.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        """Dequantize and multiply."""
         parts = []
-        for first in range(0, self.out_features, count):
-            bias = None if self.bias is None else self.bias[first : first + count]
-            parts.append(nn.functional.linear(x, self.dequantize(first, count).to(x.dtype).t(), bias))
+        for first, last in self._parts() if x.device.type == "cpu" else [(0, self.out_features)]:
+            bias = None if self.bias is None else self.bias[first:last].to(x.dtype)
+            parts.append(nn.functional.linear(x, self.dequantize(first, last).to(x.dtype).t(), bias))
         return torch.cat(parts, dim=-1)
+
+    def _parts(self) -> list[tuple[int, int]]:
+        """Ranges of output features of about ``_PART`` codes each."""
+        count = max(_STEP, _PART // self.in_features // _STEP * _STEP)
+        return [(first, min(first + count, self.out_features)) for first in range(0, self.out_features, count)]
+
+    def _codes(self, first: int, last: int) -> Tensor:
+        """A new tensor of q, (I, last - first), int8 or int32."""
+        if self.qweight is not None:
+            return unpack_words(self.qweight[:, first:last], self.bits)
+        assert self.tiles is not None and self.kernel is not None
+        width = self.out_features // self.tiles.shape[0]
+        return self.kernel.unpack(self.tiles[first // width : last // width], self.in_features)
+
+    def _zeros(self, first: int, last: int) -> Tensor:
+        """Zero points, int32 (G, last - first)."""
+        words = slice(first * self.bits // 32, last * self.bits // 32)
+        return unpack_words(self.qzeros[:, words].t(), self.bits).t().contiguous() + self.zero_offset
+
+    def _words(self) -> Tensor:
+        """What ``qweight`` holds in a file, on the device of the layer."""
+        parts = [pack_stream(self._codes(*part).t(), self.bits).t() for part in self._parts()]
+        return torch.cat(parts, 1).contiguous().to(self.scales.device)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.tiles is not None:
+            destination[f"{prefix}qweight"] = self._words()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        held = self.tiles is not None
+        if held:
+            self.qweight, self.tiles, self.table, self.kernel = self._words(), None, None, None
+        super()._load_from_state_dict(*args)
+        if held:
+            self.finish()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        before = {"scales": self.scales, "table": self.table}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in before.items():
+            if tensor is not None and getattr(self, name).dtype != tensor.dtype:
+                setattr(self, name, tensor.to(self.qzeros.device))
+        if self.kernel is not None and self.kernel.device != self.scales.device.type:
+            self.finish()
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, groups={self.groups}"
