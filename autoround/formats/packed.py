@@ -89,7 +89,7 @@ class PackedLinear(nn.Module):
             or not kernel.fits(self.out_features, self.in_features)
         ):
             return
-        parts = [kernel.pack(self._codes(*part).t().int().contiguous()) for part in self._parts()]
+        parts = [kernel.pack(self._codes(*part)) for part in self._parts()]
         self.kernel, self.tiles, self.qweight = kernel, torch.cat(parts), None
         repeats = self.in_features // self.groups // group
         self.table = make_table(self.scales, self._zeros(0, self.out_features), repeats)

@@ -29,7 +29,8 @@ def test_every_code_is_found_again(device: torch.device) -> None:
         pytest.skip("no kernel for this processor")
     assert kernel is not None
     codes_OI = torch.randint(0, 16, (192, 384), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
-    tiles = kernel.pack(codes_OI.to(device))
+    tiles = kernel.pack(codes_OI.t().to(device))
+    assert torch.equal(tiles, kernel.convert(codes_OI.to(device)))
     assert tiles.nbytes == codes_OI.numel() // 2
     assert torch.equal(kernel.unpack(tiles, 384).int().cpu(), codes_OI.t())
     half = tiles[len(tiles) // 3 :]
@@ -59,11 +60,11 @@ def _without_operator(codes_OI: Tensor) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("pack", [_raises, _without_operator])
+@pytest.mark.parametrize("convert", [_raises, _without_operator])
 def test_a_kernel_that_is_missing_is_not_used(
-    pack: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+    convert: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_KERNELS", [kernel._replace(pack=pack) for kernel in kernels._KERNELS])
+    monkeypatch.setattr(kernels, "_KERNELS", [kernel._replace(convert=convert) for kernel in kernels._KERNELS])
     assert find_kernel.__wrapped__(CPU) is None
 
 
@@ -80,7 +81,7 @@ def _with_another_zero(kernel: Kernel) -> Kernel:
 
 def _with_another_order(kernel: Kernel) -> Kernel:
     """As if columns were stored backwards, which a single tile does not show."""
-    return kernel._replace(pack=lambda codes_OI: kernel.pack(codes_OI.flip(1)))
+    return kernel._replace(convert=lambda codes_OI: kernel.convert(codes_OI.flip(1)))
 
 
 @pytest.mark.parametrize("change", [_with_another_zero, _with_another_order])
