@@ -203,7 +203,8 @@ def _fused(blocks: Sequence[BlockPlan]) -> list[str]:
                 if len(set(found)) > 1:
                     places.setdefault(names, []).append(parent)
     return [
-        f"{', '.join(names[:-1])} and {names[-1]} differ in {len(parents)} places, first {parents[0]}: "
+        f"{', '.join(names[:-1])} and {names[-1]} differ in {parents[0]}"
+        f"{f' and {len(parents) - 1} more' if len(parents) > 1 else ''}: "
         "vLLM and SGLang run them as one layer and refuse packed formats of this model"
         for names, parents in places.items()
     ]

@@ -304,8 +304,8 @@ def test_layers_that_servers_fuse_must_agree_or_the_plan_says_so() -> None:
     note = "vLLM and SGLang run them as one layer and refuse packed formats of this model"
     assert planned({"(q|k|v)_proj": {"bits": 8}, "down_proj": {"bits": 2}, "layers.1.mlp": "keep"}).notes == ()
     assert planned({"k_proj": {"bits": 8}, "model.layers.1.mlp.up_proj": "keep"}).notes == (
-        f"q_proj, k_proj and v_proj differ in 2 places, first model.layers.0.self_attn: {note}",
-        f"gate_proj and up_proj differ in 1 places, first model.layers.1.mlp: {note}",
+        f"q_proj, k_proj and v_proj differ in model.layers.0.self_attn and 1 more: {note}",
+        f"gate_proj and up_proj differ in model.layers.1.mlp: {note}",
     )
 
 
