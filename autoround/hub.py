@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from autoround.errors import FormatError, ModelError
+from autoround.formats.gguf.container import read_tensors
 from autoround.formats.packed import PackedLinear, StoredLinear
 from autoround.formats.stored import METHODS, Stored, stored
 from autoround.model.names import match_names
@@ -138,9 +139,11 @@ def load(
     rounds each scale to bfloat16 where other paths round each weight. Load in float32 to compare results exactly. On
     CUDA the kernel takes up to 16 rows and is untested on hardware.
 
+    GGUF files are dequantized into dense models.
+
     Args:
-        path: folder or hub name of a checkpoint in any layout of this package.
-        dtype: of activations and unquantized weights; the checkpoint's own when not given.
+        path: folder or hub name of a checkpoint in any layout of this package; a GGUF file, or a folder that holds one.
+        dtype: of activations and unquantized weights; when not given the checkpoint's own, float32 for GGUF.
         device: the CPU when not given.
         trust_remote_code: run Python code that comes with the model.
 
@@ -148,6 +151,8 @@ def load(
         ModelError: there is no such checkpoint, or its files are damaged.
         FormatError: its layout is not one this package reads.
     """
+    if (file := _gguf_file(Path(path))) is not None:
+        return _load_gguf(file, dtype or torch.float32, device)
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ModelError(f"{path}: found no config.json; needed a folder written by auto-round or by transformers")
     try:
@@ -159,6 +164,34 @@ def load(
         cause = str(error).partition("\n")[0]
         raise ModelError(
             f"{path}: {cause}; needed a complete checkpoint folder or a hub name; check the path"
+        ) from error
+    return model
+
+
+def _gguf_file(path: Path) -> Path | None:
+    """The GGUF file that a path means, if it means one."""
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    files = [] if (path / "config.json").is_file() else sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise ModelError(f"{path}: found {len(files)} GGUF files; needed one; name the file, such as {files[0]}")
+    return files[0] if files else None
+
+
+def _load_gguf(file: Path, dtype: torch.dtype | str, device: torch.device | str | int | None) -> PreTrainedModel:
+    read_tensors(file)  # refuses damaged files with a message
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=dtype,
+            device_map=device,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+    except (ValueError, OSError, NotImplementedError) as error:
+        cause = str(error).partition("\n")[0]
+        raise ModelError(
+            f"{file}: {cause}; needed an architecture that transformers reads from GGUF; serve it with llama.cpp"
         ) from error
     return model
 

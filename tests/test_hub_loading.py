@@ -15,7 +15,10 @@ from autoround.errors import FormatError, ModelError
 from autoround.formats.kernels import find_kernel
 from autoround.formats.packed import PackedLinear
 from autoround.hub import load, register
+from tests.formats.gguf_models import make as make_llama
+from tests.formats.gguf_tokenizers import sentencepiece
 from tests.formats.quantized import Quantized, quantized, tiny_gpt2, tiny_llama
+from tests.formats.test_gguf_file import WIDE, expected, planned
 
 Make = Callable[[], PreTrainedModel]
 PROMPT = torch.tensor([[5, 17, 42, 7]])
@@ -218,6 +221,21 @@ def test_gptq_version_2_stores_true_zero_points(llama: Quantized, tmp_path: Path
     folder = llama.write("auto_gptq", tmp_path / "out")
     _edit_config(folder, checkpoint_format="gptq_v2")
     assert {layer.zero_offset for layer in _packed(load(folder)).values()} == {0}
+
+
+def test_gguf_files_are_dequantized(tmp_path: Path) -> None:
+    file = planned(make_llama("llama", **WIDE), "q4_k_m", sentencepiece())
+    file.write(tmp_path / "a.gguf")
+    wanted = expected(file)
+    for path, dtype in ((tmp_path, torch.float32), (tmp_path / "a.gguf", torch.bfloat16)):
+        found = load(path, dtype=None if dtype == torch.float32 else dtype).state_dict()
+        assert all(torch.equal(found[name], tensor.to(dtype)) for name, tensor in wanted.items())
+    file.write(tmp_path / "b.gguf")
+    with pytest.raises(ModelError, match="found 2 GGUF files; needed one; name the file, such as .*a.gguf"):
+        load(tmp_path)
+    (tmp_path / "c.gguf").write_bytes((tmp_path / "a.gguf").read_bytes()[:-100])
+    with pytest.raises(FormatError, match="c.gguf: found no complete GGUF file"):
+        load(tmp_path / "c.gguf")
 
 
 def test_damaged_folders(llama: Quantized, tmp_path: Path) -> None:
