@@ -138,13 +138,12 @@ class BlockTuner:
             AutoRoundError: the weight is not finite or a group size does not fit; names the layer.
         """
         specs, moments = {path: spec}, {} if moment_I is None else {path: moment_I}
-        errors = self._once("rounding_errors", lambda: init.rounding_errors)
         parts = []
         for rows_OI in weight_OI.split(max(1, LAYER_ELEMENTS // weight_OI.shape[1])):
             weights = func.split_tensors({f"{path}.weight": rows_OI}, specs)
             params = func.init_params(weights.tuned)
             if self._recipe.searches_clips:
-                params = init.search_params(weights, moments, specs, errors=errors)
+                params = init.search_params(weights, moments, specs, errors=self._errors)
             parts.append(_quantize(weights.tuned, params, specs)[path])
         return type(parts[0])(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
@@ -176,8 +175,15 @@ class BlockTuner:
         rows = torch.arange(min(len(x_NTD), MOMENT_ROWS)).split(self._recipe.batch_size)
         calls = ((self._call(inputs.template, x_NTD, rows_B), valid_NT[rows_B].to(self._device)) for rows_B in rows)
         moments = init.second_moments(block_fn, tensors, calls, specs)
-        errors = self._once("rounding_errors", lambda: init.rounding_errors)
-        return init.search_params(weights, moments, specs, errors=errors)
+        return init.search_params(weights, moments, specs, errors=self._errors)
+
+    def _errors(
+        self, weight_NS: Tensor, scale_CN: Tensor, shift_CN: Tensor, moment_NS: Tensor, spec: func.WeightSpec
+    ) -> Tensor:
+        """``rounding_errors``, compiled apart for each group size: torch compiles one function a few times only."""
+        errors = self._once(("rounding_errors", weight_NS.shape), lambda: init.rounding_errors)
+        error_CN: Tensor = errors(weight_NS, scale_CN, shift_CN, moment_NS, spec)
+        return error_CN
 
     def _step(self, block_fn: func.BlockFn, fusion: func.Fusion) -> tuple[Any, func.Transform]:
         """The step over what ``_batches`` yields, and its optimizer."""

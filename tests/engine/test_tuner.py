@@ -13,6 +13,7 @@ from autoround import func
 from autoround.backends.base import Numerics
 from autoround.data.tokens import load_calibration
 from autoround.engine import quantize
+from autoround.errors import ModelError
 from autoround.func.init import search_clips
 from autoround.recipe import Recipe
 from autoround.tuner import BlockTuner, batch_rows, make_optimizer
@@ -113,3 +114,22 @@ def test_a_block_with_nothing_to_quantize_passes_through(tmp_path: Path) -> None
     assert tuned.codes == {}
     assert len(tuned.losses_K) == 0
     assert tuned.stream is None
+
+
+def test_a_layer_alone_is_quantized_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as in one piece; and the search is compiled once for each group size, whatever the bits."""
+    made: list[object] = []
+    monkeypatch.setattr("autoround.tuner.jit", lambda function, enabled: made.append(function) or function)
+    monkeypatch.setattr("autoround.tuner.LAYER_ELEMENTS", 5 * 64)
+    torch.manual_seed(0)
+    weight_OI, moment_I = torch.randn(12, 64), torch.rand(64)
+    tuner = BlockTuner(Recipe(clip_search=True), FLOAT32, torch.device("cpu"), on_step=lambda done, loss: None)
+    for spec in (func.QuantSpec(bits=bits, group_size=size) for size in (16, 32) for bits in (2, 8)):
+        found = tuner.quantize_layer("head", weight_OI, spec, moment_I)
+        prepared = func.prepare(weight_OI, spec)
+        whole = func.quantize(prepared, search_clips(prepared, moment_I, spec), spec)
+        assert all(torch.equal(own, other) for own, other in zip(found, whole, strict=True))
+    assert len(made) == 2
+    weight_OI[7, 3] = torch.nan
+    with pytest.raises(ModelError, match="^head: found 1 NaN or infinite values"):
+        tuner.quantize_layer("head", weight_OI, func.QuantSpec(group_size=16))
