@@ -59,8 +59,8 @@ class AutoRound:
         return gptq_layout.unpack_layer(tensors, spec, zero_offset=int(self.packing == ZERO_MINUS_ONE))
 
     def config(self, plan: Plan) -> dict[str, Any]:
-        """``extra_config`` names, by their exact paths, layers of blocks that differ from the whole, and all settings
-        of those outside that are quantized."""
+        """``extra_config`` names, by their exact paths, layers of blocks that differ from the whole and those outside
+        that are quantized, with all their settings: vLLM takes a layer whose bits are not told for a float one."""
         config: dict[str, Any] = {
             "quant_method": "auto-round",
             "packing_format": self.packing,
@@ -74,14 +74,14 @@ class AutoRound:
 
 
 def _exceptions(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Path -> settings that differ from the plan's own; all of them for layers outside the blocks."""
+    """Path -> settings of layers that differ from the plan's own or are outside the blocks."""
     usual = gptq_layout.settings(plan.spec)
     exceptions: dict[str, dict[str, Any]] = {}
     for layer in (layer for block in plan.blocks for layer in block.layers):
         if layer.spec is None:
             exceptions[layer.shape.path] = {"bits": 16, "data_type": "fp"}
-        elif different := dict(gptq_layout.settings(layer.spec).items() - usual.items()):
-            exceptions[layer.shape.path] = {name: different[name] for name in usual if name in different}
+        elif (own := gptq_layout.settings(layer.spec)) != usual:
+            exceptions[layer.shape.path] = own | {"data_type": "int"}
     for layer in plan.outside:
         if layer.spec is not None:
             exceptions[layer.shape.path] = gptq_layout.settings(layer.spec) | {"data_type": "int"}

@@ -198,7 +198,7 @@ def test_config_of_auto_round() -> None:
         "block_name_to_quantize": "model.layers",
         "extra_config": {
             "model.layers.0.a": {"bits": 16, "data_type": "fp"},
-            "model.layers.1.mlp.b": {"group_size": 32},
+            "model.layers.1.mlp.b": {"bits": 3, "group_size": 32, "sym": True, "data_type": "int"},
         },
     }
 

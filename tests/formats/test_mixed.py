@@ -36,10 +36,11 @@ def test_auto_round_names_what_differs() -> None:
     assert config is not None
     assert config["packing_format"] == "auto_round"  # true zero points, since some layers are asymmetric
     attention, mlp = (f"model.layers.{{}}.{part}.{{}}_proj".format for part in ("self_attn", "mlp"))
+    usual = {"bits": 4, "group_size": 32, "sym": True, "data_type": "int"}
     assert config["extra_config"] == {
-        **{attention(0, name): {"bits": 8} for name in "qkv"},
-        **{mlp(0, name): {"sym": False} for name in ("gate", "up", "down")},
-        **{attention(1, name): {"bits": 8, "group_size": -1} for name in "qkvo"},
+        **{attention(0, name): usual | {"bits": 8} for name in "qkv"},
+        **{mlp(0, name): usual | {"sym": False} for name in ("gate", "up", "down")},
+        **{attention(1, name): usual | {"bits": 8, "group_size": -1} for name in "qkvo"},
         KEPT: {"bits": 16, "data_type": "fp"},
     }
 
@@ -117,4 +118,6 @@ def test_a_row_as_long_as_a_group_is_not_taken_for_whole_rows(tmp_path: Path) ->
     assert sizes["0.mlp.up_proj"] == 64
     assert sizes["0.mlp.down_proj"] == -1  # of 96 columns
     config = json.loads((tmp_path / "source" / "config.json").read_text())["quantization_config"]
-    assert config["extra_config"] == {"model.layers.0.mlp.up_proj": {"group_size": 64}}
+    assert config["extra_config"] == {
+        "model.layers.0.mlp.up_proj": {"bits": 4, "group_size": 64, "sym": True, "data_type": "int"}
+    }
