@@ -253,10 +253,10 @@ def test_more_layouts_can_follow_later(tmp_path: Path) -> None:
 
 
 def test_a_layout_that_cannot_hold_the_plan_is_refused(tmp_path: Path) -> None:
-    run = quantize(make(), recipe(tmp_path, "rtn", group_size=64))  # rows of 96 take groups of 32
-    needed = "format auto_gptq: model.layers.0.mlp.down_proj: found group_size 32; needed 64 as elsewhere"
+    run = quantize(make(), recipe(tmp_path, "rtn", bits=4, group_size=64))  # rows of 96 take groups of 32
+    needed = "format auto_awq: model.layers.0.mlp.down_proj: found group_size 32; needed 64 as elsewhere"
     with pytest.raises(UsageError, match=needed):
-        run.export(tmp_path / "later", formats=["auto_gptq"])
+        run.export(tmp_path / "later", formats=["auto_awq"])
     assert list(tmp_path.iterdir()) == []  # known before any work
 
 
