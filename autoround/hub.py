@@ -133,13 +133,11 @@ def load(
 ) -> PreTrainedModel:
     """Load a quantized or ordinary checkpoint for inference.
 
-    In float32 and float16, and in every forward that records gradients, the weights computed with are the stored ones:
-    ``scale * (q - zero)``. In bfloat16 without gradients (``torch.no_grad()``, ``generate``), layers of 3 and 4 bits
-    multiply up to 64 rows at once with torch's 4-bit kernel, three times as fast as a dense layer when it is large; it
-    rounds each scale to bfloat16 where other paths round each weight. Load in float32 to compare results exactly. On
-    CUDA the kernel takes up to 16 rows and is untested on hardware.
-
-    GGUF files are dequantized into dense models.
+    In float32 and float16, and in every forward that records gradients, the weights computed with are the stored
+    ones, ``scale * (q - zero)``. In bfloat16 without gradients (``torch.no_grad()``, ``generate``), layers of 3 and 4
+    bits multiply up to 64 rows at once with torch's 4-bit kernel; it rounds each scale to bfloat16 where other paths
+    round each weight. Load in float32 to compare results exactly. The kernel for CUDA, up to 16 rows, is untested on
+    hardware.
 
     Args:
         path: folder or hub name of a checkpoint in any layout of this package; a GGUF file, or a folder that holds one.

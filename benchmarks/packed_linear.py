@@ -7,7 +7,6 @@ Legend: O output features, I input features, M rows of x.
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -70,15 +69,21 @@ def _whole_weight(packed: PackedLinear, dtype: torch.dtype) -> Tensor:
 
 
 def measure(variants: Variants, x: Tensor, seconds: float) -> list[float]:
-    """Median seconds of each variant; they take turns, so that other work on the machine hits all alike."""
-    taken: list[list[float]] = [[] for _ in variants]
+    """Median seconds of each variant, then of ours by dense and ours by whole within a round.
+
+    Variants take turns, so that other work on the machine hits all alike.
+    """
+    rounds: list[list[float]] = []
     end = time.perf_counter() + seconds
-    while len(taken[0]) < 3 or (time.perf_counter() < end and len(taken[0]) < MOST_ROUNDS):
-        for run, list_ in zip(variants, taken, strict=True):
+    while len(rounds) < 3 or (time.perf_counter() < end and len(rounds) < MOST_ROUNDS):
+        taken = []
+        for run in variants:
             start = time.perf_counter()
             run(x)
-            list_.append(time.perf_counter() - start)
-    return [statistics.median(list_) for list_ in taken]
+            taken.append(time.perf_counter() - start)
+        dense, whole, ours = taken
+        rounds.append([*taken, ours / dense, ours / whole])
+    return [statistics.median(column) for column in zip(*rounds, strict=True)]
 
 
 def main() -> None:
@@ -101,10 +106,9 @@ def main() -> None:
             variants = make_variants(out_features, in_features, dtype)
             for rows in (rows for rows in options.rows if out_features * in_features * rows <= MOST_PRODUCTS):
                 x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(1)).to(dtype)
-                dense, whole, ours = measure(variants, x, options.seconds)
-                times = " | ".join(f"{1e3 * value:.2f}" for value in (dense, whole, ours))
-                print(f"| {shape} | {name} | {rows} | {times} | {ours / dense:.2f} | {ours / whole:.2f} |")
-                sys.stdout.flush()
+                *medians, by_dense, by_whole = measure(variants, x, options.seconds)
+                times = " | ".join(f"{1e3 * seconds:.2f}" for seconds in medians)
+                print(f"| {shape} | {name} | {rows} | {times} | {by_dense:.2f} | {by_whole:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -56,13 +56,14 @@ class Kernel(NamedTuple):
         low, high = codes_IO.to(torch.uint8).view(len(codes_IO), -1, 2, self.rows // 2).unbind(2)
         return high.bitwise_left_shift(4).bitwise_or_(low).transpose(0, 1).reshape(-1, len(codes_IO) // 2)
 
-    def unpack(self, tiles: Tensor, in_features: int) -> Tensor:
-        """Undo ``pack`` for a range of tiles along O: int8 (I, O)."""
+    def unpack(self, tiles: Tensor, in_features: int, dtype: torch.dtype = torch.int8) -> Tensor:
+        """Undo ``pack`` for a range of tiles along O: a new tensor (I, O)."""
         halves = tiles.view(torch.uint8).reshape(-1, in_features // self.columns, self.rows * self.columns // 2)
         codes = torch.cat((halves.bitwise_and(15), halves.bitwise_right_shift(4)), -1).view(torch.int8)
         if self.places_P is not None:
             codes = codes.index_select(-1, self.places_P.to(codes.device))
-        return codes.view(*codes.shape[:2], self.rows, self.columns).permute(1, 3, 0, 2).reshape(in_features, -1)
+        codes = codes.view(*codes.shape[:2], self.rows, self.columns).permute(1, 3, 0, 2)
+        return codes.to(dtype, memory_format=torch.contiguous_format).reshape(in_features, -1)
 
 
 def _convert_cpu(codes_OI: Tensor) -> Tensor:

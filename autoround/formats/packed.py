@@ -16,7 +16,7 @@ from autoround.formats.stored import Stored
 from autoround.spec import QuantSpec
 
 # Codes dequantized at once on a CPU: enough to keep its threads busy, few enough to reuse memory that is mapped.
-_PART = 2**21
+_PART = 2**23
 # Output features of a part are a multiple of this, and so of the kernels' tiles and of the words' periods.
 _STEP = 64
 # Codes that kernels of 4 bits hold; 2 bits would take twice their memory.
@@ -97,14 +97,12 @@ class PackedLinear(nn.Module):
     def dequantize(self, first: int = 0, last: int | None = None) -> Tensor:
         """The weight of output features from ``first`` to ``last``, multiples of 64: float32 (I, last - first)."""
         last = self.out_features if last is None else last
-        codes_IO = self._codes(first, last)
-        zero_GO = self._zeros(first, last).to(codes_IO.dtype)
-        scale_GO = self.scales[:, first:last].float()
+        weight_IO = self._codes(first, last, torch.float32)
+        zero_GO, scale_GO = self._zeros(first, last).float(), self.scales[:, first:last].float()
         if self.reordered and self.g_idx is not None:
-            return codes_IO.sub_(zero_GO[self.g_idx]).float().mul_(scale_GO[self.g_idx])
-        codes_IO.view(self.groups, -1, last - first).sub_(zero_GO.unsqueeze(1))
-        weight_IO = codes_IO.float()
-        weight_IO.view(self.groups, -1, last - first).mul_(scale_GO.unsqueeze(1))
+            return weight_IO.sub_(zero_GO[self.g_idx]).mul_(scale_GO[self.g_idx])
+        grouped = weight_IO.view(self.groups, -1, last - first)
+        grouped.sub_(zero_GO.unsqueeze(1)).mul_(scale_GO.unsqueeze(1))
         return weight_IO
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,13 +134,13 @@ class PackedLinear(nn.Module):
         count = max(_STEP, _PART // self.in_features // _STEP * _STEP)
         return [(first, min(first + count, self.out_features)) for first in range(0, self.out_features, count)]
 
-    def _codes(self, first: int, last: int) -> Tensor:
-        """A new tensor of q, (I, last - first), int8 or int32."""
+    def _codes(self, first: int, last: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+        """A new tensor of q, (I, last - first)."""
         if self.qweight is not None:
-            return unpack_words(self.qweight[:, first:last], self.bits)
+            return unpack_words(self.qweight[:, first:last], self.bits).to(dtype)
         assert self.tiles is not None and self.kernel is not None
-        width = self.out_features // self.tiles.shape[0]
-        return self.kernel.unpack(self.tiles[first // width : last // width], self.in_features)
+        width = self.out_features // len(self.tiles)
+        return self.kernel.unpack(self.tiles[first // width : last // width], self.in_features, dtype)
 
     def _zeros(self, first: int, last: int) -> Tensor:
         """Zero points, int32 (G, last - first)."""
