@@ -55,7 +55,9 @@ def test_other_widths_and_mixed_groups(bits: int, tmp_path: Path) -> None:
     assert configs[0] == configs[1]
     assert open_quantized(convert(source, "gptq_v2", tmp_path / "v2")).plan.specs == tiny.plan.specs
     if bits == 4:
-        with pytest.raises(UsageError, match="format auto_awq: .*found group_size 32; needed 64 as elsewhere; use auto_r"):
+        with pytest.raises(
+            UsageError, match="format auto_awq: .*found group_size 32; needed 64 as elsewhere; use auto_r"
+        ):
             convert(source, "auto_awq", tmp_path / "awq")
 
 
