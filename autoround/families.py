@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from autoround.errors import UsageError
 from autoround.formats.registry import resolve_name, rules
 from autoround.recipe import Recipe
 
 # What a GGUF file type decides by itself, and what it is where nothing is said.
-_DECIDED = {
+_DECIDED: dict[str, Any] = {
     "bits": None,
     "group_size": None,
     "sym": None,
