@@ -139,6 +139,8 @@ def load(
     round each weight. Load in float32 to compare results exactly. The kernel for CUDA, up to 16 rows, is untested on
     hardware.
 
+    GGUF files are dequantized into dense models.
+
     Args:
         path: folder or hub name of a checkpoint in any layout of this package; a GGUF file, or a folder that holds one.
         dtype: of activations and unquantized weights; when not given the checkpoint's own, float32 for GGUF.

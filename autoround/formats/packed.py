@@ -127,7 +127,7 @@ class PackedLinear(nn.Module):
         for first, last in self._parts() if x.device.type == "cpu" else [(0, self.out_features)]:
             bias = None if self.bias is None else self.bias[first:last].to(x.dtype)
             parts.append(nn.functional.linear(x, self.dequantize(first, last).to(x.dtype).t(), bias))
-        return torch.cat(parts, dim=-1)
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
     def _parts(self) -> list[tuple[int, int]]:
         """Ranges of output features of about ``_PART`` codes each."""

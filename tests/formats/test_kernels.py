@@ -37,6 +37,20 @@ def test_every_code_is_found_again(device: torch.device) -> None:
     assert torch.equal(kernel.unpack(half, 384).int().cpu(), codes_OI[64:].t())
 
 
+def test_any_order_in_a_tile_is_found() -> None:
+    """Tiles of the size that CUDA's have, in an order of our own."""
+    order = torch.randperm(1024, generator=torch.Generator().manual_seed(0))
+
+    def convert(codes_OI: Tensor) -> Tensor:
+        tiles = codes_OI.view(len(codes_OI) // 8, 8, -1, 128).transpose(1, 2).flatten(2)[..., order].to(torch.uint8)
+        return tiles[..., ::2].bitwise_or(tiles[..., 1::2] << 4).view(torch.int32)
+
+    kernel = kernels._with_places(Kernel("cpu", 8, 128, 16, convert, kernels._multiply_cuda), CPU)
+    codes_OI = torch.randint(0, 16, (24, 384), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
+    tiles = kernel.pack(codes_OI.t())
+    assert torch.equal(kernel.unpack(tiles[1:], 384).int(), codes_OI[8:].t())
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86")
 @pytest.mark.parametrize(("capability", "rows"), [("default", None), ("avx2", 32)])
 def test_smaller_instruction_sets(capability: str, rows: int | None) -> None:
