@@ -15,6 +15,7 @@ from autoround.data.tokens import Calibration, load_calibration, needs_tokenizer
 from autoround.errors import AutoRoundError, UsageError
 from autoround.export import Target, origin, write_formats
 from autoround.families import split
+from autoround.formats.gguf.file import GgufFile
 from autoround.formats.gguf.plan import plan_file
 from autoround.formats.registry import rules
 from autoround.formats.writer import check_folder, parse_size
@@ -191,6 +192,7 @@ class Run:
             plan = plan_file(file_type, shape, embedding(self.model.skeleton), self.model.config, shapes)
             for rule in format_rules:
                 check_format(plan, rule)
+            GgufFile(file_type=file_type, model=self.model, plan=plan, codes=_no_codes).metadata()  # the tokenizer fits
             return plan
         return resolve(
             recipe.spec,
@@ -323,6 +325,10 @@ class Run:
             return captured.templates, Stream(captured.hidden_NTD, captured.hidden_NTD)
         kept = journal.read_activations(start - 1)
         return captured.templates, Stream(*(kept[name].to(home) for name in Stream._fields))
+
+
+def _no_codes(index: int) -> dict[str, func.Codes]:
+    raise IndexError(f"part {index}: found no codes yet")
 
 
 def _stats(losses_K: Tensor) -> dict[str, float]:

@@ -9,7 +9,7 @@ import torch
 
 from autoround import func
 from autoround.engine import Run, quantize, quantize_each
-from autoround.errors import UsageError
+from autoround.errors import FormatError, ModelError, UsageError
 from autoround.export import Target, export_journal
 from autoround.families import split
 from autoround.formats.gguf.container import read_tensors
@@ -127,6 +127,14 @@ def test_splitting() -> None:
         split(Recipe(format=("gguf:q6_k",), bits=4))
     with pytest.raises(UsageError, match="format gguf:q6_k: found --quant_lm_head; needed none"):
         split(Recipe(format=("gguf:q6_k",), quant_lm_head=True))
+
+
+def test_a_tokenizer_that_the_file_cannot_hold_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="found the token id 602; needed ids below 512"):
+        quantize(make("llama", **WIDE | {"vocab_size": 512}), gguf_recipe(tmp_path), tokenizer=sentencepiece())
+    with pytest.raises(ModelError, match="found no tokenizer with a model in memory"):
+        quantize(make("llama", **WIDE), gguf_recipe(tmp_path))
+    assert not (tmp_path / "out.journal").exists()
 
 
 def test_unknown_architectures_are_refused(tmp_path: Path) -> None:
