@@ -59,15 +59,10 @@ class Kernel(NamedTuple):
     def unpack(self, tiles: Tensor, in_features: int, dtype: torch.dtype = torch.uint8) -> Tensor:
         """Undo ``pack`` for a range of tiles along O: a new tensor (I, O)."""
         octets = tiles.view(torch.uint8).reshape(-1, in_features // self.columns, self.rows * self.columns // 2)
-        shift = torch.tensor([0, 4], dtype=torch.uint8, device=tiles.device).view(2, 1, 1, 1)
-        halves = octets.bitwise_right_shift(shift).bitwise_and_(15)
-        if self.places_P is None and self.columns == 1:
-            codes = halves.permute(2, 1, 0, 3)
-        else:
-            codes = halves.permute(1, 2, 0, 3).flatten(2)
-            if self.places_P is not None:
-                codes = codes.index_select(-1, self.places_P.to(codes.device))
-            codes = codes.view(*codes.shape[:2], self.rows, self.columns).permute(1, 3, 0, 2)
+        codes = torch.cat((octets.bitwise_and(15), octets.bitwise_right_shift(4)), -1)
+        if self.places_P is not None:
+            codes = codes.index_select(-1, self.places_P.to(codes.device))
+        codes = codes.view(*codes.shape[:2], self.rows, self.columns).permute(1, 3, 0, 2)
         return codes.to(dtype, memory_format=torch.contiguous_format).reshape(in_features, -1)
 
 
