@@ -1,22 +1,27 @@
 """Time and memory of writing five layouts, read-back included, beside one pass of calibration data.
 
-SmolLM2-135M-Instruct, rounded to nearest: 4 bits in groups of 64 for four layouts of folders, Q4_0 for a GGUF file.
+SmolLM2-135M-Instruct in bfloat16, rounded to nearest: 4 bits in groups of 64 for four layouts of folders, Q4_0 for a
+GGUF file.
 The pass is what the default recipe captures, 128 rows of 2048 tokens through the float model in the dtype that the
-engine computes in, measured on a part of them. Memory is the peak while a layout is written and read back, less what
-the process held before, in units of one shard.
+engine computes in, measured on a part of them. Memory is the peak of a process that exports from the
+journal, less what it held before, in units of one shard.
 """
 
 import argparse
+import subprocess
+import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
-import psutil
 import torch
+from transformers import AutoModelForCausalLM
 
 import autoround
 from autoround.backends.cpu import CPU
 from autoround.engine import Run
+from autoround.export import Target, export_journal
 from autoround.formats.writer import parse_size
 
 if __package__:
@@ -42,22 +47,39 @@ def rounded(source: Path, folder: Path, formats: tuple[str, ...], shard: str) ->
     return run
 
 
-def written(run: Run, form: str, folder: Path) -> tuple[float, float]:
-    """Seconds and peak megabytes of one export."""
-    process = psutil.Process()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before, start = process.memory_info().rss, time.monotonic()
-    run.export(folder, formats=[form])
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    return time.monotonic() - start, (peak - before) / 1e6
+def written(journal: Path, form: str, folder: Path, shard: str) -> tuple[float, float]:
+    """Seconds and peak megabytes of one export from a journal, in a process of its own."""
+    command = [sys.executable, __file__, "--shard", shard, "--export", str(journal), form, str(folder)]
+    last = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    seconds, megabytes = map(float, last.split())
+    return seconds, megabytes
+
+
+def export(journal: str, form: str, folder: str, shard: str) -> None:
+    """What the process of ``written`` does; prints its figures. Mapped files do not count."""
+    before, start, peak, done = anonymous_bytes(), time.monotonic(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    export_journal(journal, Target(folder=Path(folder), formats=(form,), max_shard_size=shard))
+    done.set()
+    watcher.join()
+    print(time.monotonic() - start, (peak - before) / 1e6)
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs."""
+    return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) * 1024
 
 
 def calibration_seconds(source: Path, rows: int) -> float:
     """Seconds for a pass of ``ROWS`` rows, measured on ``rows`` of them."""
-    model = smollm2.load_float() if source.suffix == ".gguf" else None
-    assert model is not None
-    model = model.to(CPU.compute_dtype())
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=CPU.compute_dtype()).eval()
     tokens_BT = torch.randint(100, 40_000, (rows, TOKENS), generator=torch.Generator().manual_seed(0))
     start = time.monotonic()
     with torch.inference_mode():
@@ -69,23 +91,29 @@ def calibration_seconds(source: Path, rows: int) -> float:
 def run() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shard", default="50MB", help="largest size of a weight file")
+    parser.add_argument("--shard", default="64MB", help="largest size of a weight file")
     parser.add_argument("--rows", type=int, default=8, help="rows of the pass to measure")
+    parser.add_argument("--export", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.export:
+        export(*options.export, options.shard)
+        return
     print(machine.describe(), flush=True)
-    source, shard = smollm2.gguf_path(), parse_size(options.shard)
+    shard = parse_size(options.shard)
     with tempfile.TemporaryDirectory() as name:
         folder, total = Path(name), 0.0
+        source = folder / "source"
+        smollm2.save_dithered(source)
         runs = {form: run for run in (
             rounded(source, folder / "folders", FOLDERS, options.shard),
             rounded(source, folder / "file", (FILE,), options.shard),
         ) for form in run.recipe.format}  # fmt: skip
         for form, done in runs.items():
-            seconds, megabytes = written(done, form, folder / form.replace(":", "_"))
+            seconds, megabytes = written(done.journal_folder, form, folder / form.replace(":", "_"), options.shard)
             total += seconds
             print(f"{form:>16}: {seconds:5.1f} s   peak {megabytes:6.0f} MB, {megabytes * 1e6 / shard:.2f} shards")
-    print(f"{'all five':>16}: {total:5.1f} s")
-    print(f"one pass of {ROWS} x {TOKENS} tokens: {calibration_seconds(source, options.rows):.1f} s")
+        print(f"{'all five':>16}: {total:5.1f} s")
+        print(f"one pass of {ROWS} x {TOKENS} tokens: {calibration_seconds(source, options.rows):.1f} s")
 
 
 if __name__ == "__main__":
