@@ -7,6 +7,7 @@ done where an environment is complete already.
 import os
 import subprocess
 import sys
+import sysconfig
 import venv
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,14 @@ STAMP = "complete.txt"
 
 @dataclass(frozen=True)
 class Environment:
-    """What is installed: first with dependencies, then without those that would bring other versions."""
+    """What is installed: first with dependencies, then without those that would bring other versions.
+
+    The packages of the environment ``above`` are found too.
+    """
 
     needs: tuple[str, ...]
     alone: tuple[str, ...]
+    above: str = ""
 
 
 _TORCH = ("torch==2.13.0", "transformers==5.23.0", "accelerate", "datasets")
@@ -31,6 +36,8 @@ ENVIRONMENTS = {
         needs=(*_TORCH, "compressed-tensors==0.20.0", "py-cpuinfo", "numba", "threadpoolctl", "pydantic"),
         alone=("auto-round==0.16.1",),
     ),
+    # Kernels that auto-round prefers to its own where they are installed.
+    "auto-round-lib": Environment(needs=("pip",), alone=("auto-round-lib==0.16.0",), above="auto-round"),
     # Its metadata asks for a newer torch, with which it is not needed: it runs on this one.
     "gptqmodel": Environment(
         needs=(*_TORCH, "threadpoolctl", "requests", "jinja2", "protobuf", "pillow", "ninja"),
@@ -73,10 +80,17 @@ def make(folder: Path, environment: Environment) -> None:
     if stamp.exists() and stamp.read_text() == recipe:
         return
     venv.create(folder, clear=True, with_pip=True)
+    if environment.above:
+        (_packages(folder) / "above.pth").write_text(f"{_packages(folder.with_name(environment.above))}\n")
     install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check"]
     subprocess.run([*install, *environment.needs], check=True)
     subprocess.run([*install, "--no-deps", *environment.alone], check=True)
     stamp.write_text(recipe)
+
+
+def _packages(folder: Path) -> Path:
+    """Where an environment keeps what is installed."""
+    return Path(sysconfig.get_path("purelib", "posix_prefix", {"base": str(folder.resolve())}))
 
 
 if __name__ == "__main__":
