@@ -22,7 +22,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The table of docs/formats.md.
+# Runs every client and writes docs/formats.md.
 clients: client-environments
 	AUTOROUND_CLIENT_VENV=$(CURDIR)/.venv-clients $(BIN)/pytest -q tests/clients --client-table docs/formats.md
 
