@@ -26,7 +26,7 @@ VLLM = test_vllm.CLIENTS["vllm", "vllm"]
 COLUMNS = {
     OWN: "`autoround.load`",
     cases.CLIENTS["auto_round", "auto-round"]: "auto-round",
-    cases.CLIENTS["auto_round", "auto-round-lib"]: "auto-round, its kernels",
+    cases.CLIENTS["auto_round", "auto-round-lib"]: "auto-round, auto-round-lib",
     cases.CLIENTS["gptqmodel", "gptqmodel"]: "GPTQModel",
     cases.CLIENTS["transformers", "gptqmodel"]: "transformers, GPTQModel",
     cases.CLIENTS["transformers", "auto-round"]: "transformers, compressed-tensors",
