@@ -29,8 +29,11 @@ from autoround.plan import FormatRules, Plan, Structure, check_format, check_hea
 from autoround.progress import BlockDone, Meter, Progress
 from autoround.recipe import Recipe
 from autoround.resolve import resolve
+from autoround.spec import GgufSpec
 from autoround.tuner import MOMENT_ROWS, BlockTuner, Inputs, Stream
 
+# Weights from which on compiling their search takes less time than it saves, as measured on two cores.
+COMPILE_SEARCHED = 100_000_000
 # Settings that decide no code by themselves: what they stand for is in the manifest in another form, or nothing is.
 FREE_SETTINGS = frozenset({
     "model", "revision", "cache_dir", "token", "trust_remote_code", "dataset", "format", "output_dir", "overwrite",
@@ -203,18 +206,27 @@ class Run:
             head=recipe.quant_lm_head,
         )
 
+    @property
+    def _searched(self) -> int:
+        """Weights whose clips are searched, those of GGUF blocks thrice: so much more is tried for them."""
+        if not self.recipe.searches_clips:
+            return 0
+        layers = [layer for layer in self.plan.layers.values() if layer.spec is not None]
+        weights = sum(layer.shape.out_features * layer.shape.in_features for layer in layers)
+        return weights * (3 if isinstance(self.plan.spec, GgufSpec) else 1)
+
     def _choose_numerics(self, attention: str, recorded: Mapping[str, Any]) -> Numerics:
         """The backend's choices, or those recorded by the run that this one continues."""
         recipe, backend = self.recipe, self._backend
         steps = recipe.iters * recipe.batch_size * recipe.gradient_accumulate_steps * recipe.seqlen
         compiled = recipe.torch_compile
         if compiled is None:
-            compiled = backend.compile_helps(steps * len(self.plan.blocks))
+            compiled = backend.compile_helps(steps * len(self.plan.blocks)) or self._searched >= COMPILE_SEARCHED
         chosen = Numerics(
             device=self._device.type,
             dtype=str(backend.compute_dtype()).removeprefix("torch."),
             attention=attention,
-            compiled=compiled and recipe.iters > 0,
+            compiled=compiled and (recipe.iters > 0 or recipe.searches_clips),
             threads=torch.get_num_threads(),
         )
         return dataclasses.replace(chosen, **{**recorded, "device": chosen.device})
