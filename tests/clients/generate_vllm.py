@@ -37,7 +37,8 @@ def answer(folder: str, prompts: list[list[int]], rows: list[list[int]], new_tok
 def compute(folder: str, prompts: list[list[int]], rows: list[list[int]], new_tokens: int) -> dict[str, Any]:
     """Whole sequences of tokens, log-probabilities of the rows, and which method computes each packed layer."""
     longest = max(*map(len, rows), max(map(len, prompts)) + new_tokens) + 1
-    llm = LLM(folder, dtype="float16", max_model_len=longest, enforce_eager=True, enable_prefix_caching=False)
+    sizes = {"max_model_len": longest, "max_num_batched_tokens": 1024}
+    llm = LLM(folder, dtype="float16", enforce_eager=True, enable_prefix_caching=False, **sizes)
     greedy = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
     # It generates at least one token; none is needed here.
     score = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)

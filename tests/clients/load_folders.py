@@ -1,8 +1,9 @@
 """Runs in a client environment: load folders with another project's loader, print logits and greedy tokens as JSON.
 
 Usage: load_folders.py REQUEST; REQUEST is JSON: {"loader": name, "prompts": {folder: [token, …]}, "new_tokens": n}.
-With "rows": {folder: [[token, …], …]} a folder has several prompts, all of one length, and the answer is that of
-``generate_vllm.py``: log-probabilities of the rows' tokens instead of logits.
+With "rows": {folder: [[token, …], …]} the prompts of a folder are whole sequences of one length. The answer then holds
+the sequences with the last n tokens as this client would choose each after those before it, in one pass where
+generating takes n, and the log-probability of every token of the rows but the first.
 """
 
 import json
@@ -73,14 +74,17 @@ def compute(model: Any, prompt: torch.Tensor, new_tokens: int) -> dict[str, Any]
     return {"tokens": tokens[0].tolist(), "logits": logits[0].tolist(), "layers": layers}
 
 
-def measure(model: Any, prompts: torch.Tensor, rows: torch.Tensor, new_tokens: int) -> dict[str, Any]:
-    """Greedy tokens, log-probabilities of every token of the rows but the first, and packed layers as ``compute``."""
-    layers, tokens, found = packed_layers(model), generate(model, prompts, new_tokens), []
+def measure(model: Any, sequences: torch.Tensor, rows: torch.Tensor, new_tokens: int) -> dict[str, Any]:
+    """Greedy choices, log-probabilities of every token of the rows but the first, and packed layers as ``compute``."""
+    layers = packed_layers(model)
     with torch.no_grad():
-        for some in rows.split(4):
-            every = model(input_ids=some, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-            found += every.gather(-1, some[:, 1:, None])[..., 0].tolist()
-    return {"tokens": tokens.tolist(), "log_probabilities": found, "layers": layers}
+        chosen = model(input_ids=sequences, use_cache=False).logits[:, -new_tokens - 1 : -1].argmax(-1)
+        every = model(input_ids=rows, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    return {
+        "tokens": torch.cat((sequences[:, :-new_tokens], chosen), dim=1).tolist(),
+        "log_probabilities": every.gather(-1, rows[:, 1:, None])[..., 0].tolist(),
+        "layers": layers,
+    }
 
 
 def packed_layers(model: Any) -> dict[str, str]:
