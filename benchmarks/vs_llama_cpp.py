@@ -125,15 +125,16 @@ class Subject:
         name = f"{file_type}-autoround-{iters}.gguf"
         return once(self.folder / name, lambda file: self._export(file_type, iters, file))
 
-    def scores(self, file: Path) -> TokenScores:
-        """Of a quantized file against the float model."""
-
-        def make(kept: Path) -> None:
+    def scores(self, files: dict[str, Path]) -> dict[str, TokenScores]:
+        """Of quantized files against the float model."""
+        kept = {name: file.with_suffix(f".{len(self.held_out_NT)}-rows.scores") for name, file in files.items()}
+        missing = {name: load(files[name]) for name, record in kept.items() if not _newer(record, files[name])}
+        if missing:
             reference = AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32).eval()
-            found = compare(reference, {"quantized": load(file)}, self.held_out_NT)
-            save_file(found["quantized"]._asdict(), kept)
-
-        return TokenScores(**load_file(once(file.with_suffix(".scores"), make)))
+            found = compare(reference, missing, self.held_out_NT)
+            for name in missing:
+                save_file(found[name]._asdict(), kept[name])
+        return {name: TokenScores(**load_file(record)) for name, record in kept.items()}
 
     def _export(self, file_type: str, iters: int, file: Path) -> None:
         output = self.folder / f"{file_type}-{iters}"
@@ -162,6 +163,10 @@ def load(file: Path) -> PreTrainedModel:
         dtype=torch.float32,
     )
     return model.eval()
+
+
+def _newer(record: Path, file: Path) -> bool:
+    return record.exists() and record.stat().st_mtime_ns >= file.stat().st_mtime_ns
 
 
 def other_types(ours: Path, theirs: Path) -> list[str]:
@@ -193,10 +198,10 @@ def compare_files(subject: Subject, file_type: str, iters: list[int]) -> None:
     print(f"\n{subject.source.name}, {file_type}:")
     for line in other_types(next(iter(files.values())), theirs):
         print(f"  of other type: {line}")
-    their_scores = subject.scores(theirs)
-    report(LLAMA_CPP, theirs, their_scores, None)
+    scores = subject.scores({LLAMA_CPP: theirs, **files})
+    report(LLAMA_CPP, theirs, scores[LLAMA_CPP], None)
     for name, file in files.items():
-        report(name, file, subject.scores(file), their_scores)
+        report(name, file, scores[name], scores[LLAMA_CPP])
 
 
 def version(tool: Path) -> str:
@@ -215,14 +220,16 @@ def run() -> None:
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rows", type=int, default=None, help="held-out rows to score; all when not given")
+    parser.add_argument("--rows", type=int, default=64, help="held-out rows to score on")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "vs-llama-cpp",
-                        help="where finished files are kept; the same command goes on from them")  # fmt: skip
+                        help="where finished files are kept; the same command goes on from them, also "
+                        "after changes of the code: remove what is to be made again")  # fmt: skip
     options = parser.parse_args()
     disable_progress_bar()
     print(machine.describe())
     print(f"{LLAMA_CPP}: {version(options.llama_cpp / 'llama-imatrix')}")
     print(f"calibration: {options.nsamples} x {options.seqlen} tokens of Python documentation, the same for both")
+    options.folder /= f"{options.nsamples}x{options.seqlen}-seed{options.seed}"
     for name in options.models:
         subject = Subject(name, options)
         print(f"{name}: {subject.held_out_NT.shape[0] * (options.seqlen - 1)} predicted held-out tokens", flush=True)
