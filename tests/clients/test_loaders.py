@@ -15,8 +15,6 @@ from transformers import PreTrainedModel
 from autoround.formats.packed import PackedLinear
 from autoround.hub import load
 from tests.clients.cases import CASES, REFUSED
-from tests.clients.cases import Case as Case
-from tests.clients.cases import Make as Make
 from tests.clients.environments import client_python
 from tests.data.words import make_tokenizer
 from tests.formats.quantized import quantized

@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from autoround.formats.packed import PackedLinear
 from autoround.hub import load
+from tests.clients.cases import Case, Make
 from tests.clients.environments import client_python
-from tests.clients.test_loaders import NEW_TOKENS, TOLERANCE, Case, Make, Ours
+from tests.clients.test_loaders import NEW_TOKENS, TOLERANCE, Ours
 from tests.data.words import make_tokenizer
 from tests.formats.quantized import quantized
 
@@ -73,6 +74,7 @@ CASES: dict[str, Case] = {
     "vllm-gptq-whole-rows": _gptq("auto_gptq", group_size=-1),
     "vllm-gptq-kept-layers": _gptq("auto_gptq", layers=_KEPT),
     "vllm-gptq-v2": _gptq("gptq_v2"),
+    "vllm-awq-sym": _awq(lambda: _llama(bias=True)),
     "vllm-awq-sym-kept-layers": _awq(lambda: _llama(bias=True), layers=_KEPT),
     "vllm-awq-asym-points-of-0": _awq(_llama_with_zero_points_of_0, sym=False),
     "vllm-intel": _intel(lambda: _llama(bias=True)),
@@ -90,17 +92,20 @@ CASES: dict[str, Case] = {
     "vllm-fake": _case("", "fake", bits=3, sym=False),
 }
 # What vLLM answers where it takes a layout, but not on a CPU with these codes.
-_NO_KERNEL, _NOT_GPTQ, _NOT_INTEL = (
+_NO_KERNEL, _NOT_GPTQ, _NOT_INTEL, _NOT_MARLIN = (
     "Failed to find a kernel that can implement the WNA16 linear layer",
     "Unsupported quantization config: bits={bits}, sym={sym}",
     "INC on CPU: unsupported config INCLayerConfig(bits={bits}, group_size=32, sym={sym}",
+    "Marlin does not support weight_bits = uint8b128",
 )
 REFUSED: dict[str, tuple[Case, str]] = {
-    "gptq-sym-2": (_gptq("auto_gptq", bits=2), _NOT_GPTQ),
-    "gptq-sym-3": (_gptq("auto_gptq", bits=3), _NOT_GPTQ),
-    "gptq-sym-8": (_gptq("auto_gptq", bits=8), "Marlin does not support weight_bits = uint8b128"),
-    "gptq-asym-4": (_gptq("auto_gptq", sym=False), _NOT_GPTQ),
-    "gptq-v2-asym-4": (_gptq("gptq_v2", sym=False), _NOT_GPTQ),
+    **{
+        f"{form}-{'sym' if sym else 'asym'}-{bits}": (_gptq(form, bits=bits, sym=sym), _NOT_GPTQ)
+        for form in ("auto_gptq", "gptq_v2")
+        for bits, sym in ((2, True), (3, True), (2, False), (3, False), (4, False), (8, False))
+    },
+    "auto_gptq-sym-8": (_gptq("auto_gptq", bits=8), _NOT_MARLIN),
+    "gptq_v2-sym-8": (_gptq("gptq_v2", bits=8), _NOT_MARLIN),
     "gptq-groups-of-16": (_gptq("auto_gptq", group_size=16), "Marlin does not support group_size = 16"),
     "gptq-kept-part": (
         _gptq("auto_gptq", layers={"layers.0.self_attn.q_proj": {"bits": 16}}),
@@ -109,10 +114,14 @@ REFUSED: dict[str, tuple[Case, str]] = {
     **{f"intel-sym-{bits}": (_intel(bits=bits), _NOT_INTEL) for bits in (2, 3, 8)},
     "intel-asym-8": (_intel(bits=8, sym=False), "Unsupported packing_format: auto_round,"),
     "intel-gptqmodel-sym-4": (_case("", "auto_round:gptqmodel"), "Unsupported packing_format: auto_round:gptqmodel"),
-    "intel-gptq-asym-4": (_case("", "auto_round:auto_gptq", sym=False), _NOT_INTEL),
+    **{
+        f"intel-gptq-asym-{bits}": (_case("", "auto_round:auto_gptq", bits=bits, sym=False), _NOT_INTEL)
+        for bits in (2, 3, 4, 8)
+    },
     "intel-awq-sym-4": (_case("", "auto_round:auto_awq"), "has no attribute 'awq_gemm'"),
     "compressed-sym-2": (_compressed(bits=2), _NO_KERNEL),
     "compressed-sym-8": (_compressed(bits=8), _NO_KERNEL),
+    "compressed-asym-2": (_compressed(bits=2, sym=False), _NO_KERNEL),
     "compressed-asym-8": (_compressed(bits=8, sym=False), _NO_KERNEL),
 }
 
