@@ -24,7 +24,7 @@ format: $(INSTALLED)
 
 # Runs every client and writes docs/formats.md.
 clients: client-environments
-	AUTOROUND_CLIENT_VENV=$(CURDIR)/.venv-clients $(BIN)/pytest -q tests/clients --client-table docs/formats.md
+	AUTOROUND_CLIENT_VENV=$(CURDIR)/.venv-clients $(BIN)/pytest -q tests/clients -m clients --client-table docs/formats.md
 
 client-environments: $(INSTALLED)
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python tests/clients/environments.py .venv-clients
