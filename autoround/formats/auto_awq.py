@@ -35,6 +35,7 @@ class AutoAwq:
 
     def config(self, plan: Plan) -> dict[str, Any]:
         """``zero_point`` is true for symmetric codes too: their zero points are in the file, and some loaders insist.
+        auto-round takes codes for symmetric ones where ``sym`` is not told.
 
         Kept layers are named twice: as whole paths in ``modules_to_not_convert``, of which some loaders compare parts,
         and by exclusion (``dynamic``) for GPTQModel, which does not read the former.
@@ -44,6 +45,7 @@ class AutoAwq:
             "version": "gemm",
             "bits": awq_layout.BITS,
             "group_size": plan.spec.group_size,
+            "sym": plan.spec.sym,
             "zero_point": True,
         }
         if kept := [layer.shape.path for layer in plan.layers.values() if layer.spec is None]:

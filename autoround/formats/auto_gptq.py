@@ -44,7 +44,10 @@ class AutoGptq:
 
     def config(self, plan: Plan) -> dict[str, Any]:
         """Layers of blocks that differ are named in ``dynamic``, kept ones by exclusion. For loaders that do not follow
-        it, an allow-list (``modules_in_block_to_quantize``) says what is kept, where all blocks keep the same."""
+        it, an allow-list (``modules_in_block_to_quantize``) says what is kept, where all blocks keep the same.
+
+        auto-round does not look at the version and reads every folder as version 1; one with a ``meta`` it refuses.
+        """
         config: dict[str, Any] = {
             "quant_method": "gptq",
             "checkpoint_format": self.checkpoint_format,
@@ -55,6 +58,8 @@ class AutoGptq:
             "damp_percent": 0.01,
             "lm_head": False,
         }
+        if self.checkpoint_format != "gptq":
+            config["meta"] = {"quantizer": ["autoround"]}
         if dynamic := gptq_layout.overrides(plan):
             config["dynamic"] = dynamic
         allowed = {tuple(block.specs) for block in plan.blocks}

@@ -61,10 +61,7 @@ class Case:
 
 
 class Refusal(NamedTuple):
-    """A folder that a client does not take, words of its answer, and what a reader should know.
-
-    Without words it loads the folder and computes something else.
-    """
+    """A folder that a client does not take, words of its answer, and what a reader should know."""
 
     case: Case
     words: str
@@ -152,8 +149,7 @@ KERNELS = {
     **_grid("kernels-awq", partial(_kernels, "auto_round:auto_awq"), (4, True)),
     **_grid("kernels-gptqmodel", partial(_kernels, "auto_round:gptqmodel"), *SYM, *ASYM),
     **_grid("kernels-of-gptq", partial(_kernels, "auto_gptq"), *SYM, *_NOT_3_ASYM),
-    **_grid("kernels-of-gptq-v2", partial(_kernels, "gptq_v2"), (2, True), (4, True), (8, True)),
-    **_grid("kernels-of-awq", partial(_kernels, "auto_awq"), (4, True)),
+    **_grid("kernels-of-awq", partial(_kernels, "auto_awq"), (4, True), (4, False)),
     "kernels-awq-asym-points-of-0": _kernels("auto_round", llama_with_zero_points_of_0, sym=False),
 }
 GPTQMODEL = {
@@ -197,7 +193,6 @@ _NO_KERNEL = "unsupported operand type(s) for +: 'NoneType' and 'str'"
 _NO_KERNEL_NOTE = "no kernel takes these, and what stands in for one fails"
 _PROJECT_ONLY = "Loading of a sym=False model with format=FORMAT.GPTQ is only supported if produced by gptqmodel"
 _SHAPES = "You set `ignore_mismatched_sizes` to `False`, thus raising an error."
-_VERSION_1 = "takes the zero points for those of version 1 without a word: use `auto_gptq`"
 _NEEDS_INTEL = "Loading an AutoRound quantized model requires auto-round library"
 _NEEDS_COMPRESSED = "compressed-tensors>=0.15.0 is required for compressed-tensors quantization"
 _NEEDS_OPTIMUM = "Loading a GPTQ quantized model requires optimum"
@@ -213,25 +208,20 @@ REFUSED: dict[str, Refusal] = {
             **_grid("intel-gptq", partial(_intel, "auto_round:auto_gptq"), *ASYM),
             **_grid("intel-awq", partial(_intel, "auto_round:auto_awq"), (4, True), (4, False)),
             **_grid("intel-of-gptq", partial(_intel, "auto_gptq"), *ASYM),
-            **_grid("intel-of-gptq-v2", partial(_intel, "gptq_v2"), *ASYM),
             **_grid("intel-of-awq", partial(_intel, "auto_awq"), (4, True), (4, False)),
             **_grid("kernels-gptq", partial(_kernels, "auto_round:auto_gptq"), (3, False)),
             **_grid("kernels-of-gptq", partial(_kernels, "auto_gptq"), (3, False)),
-            **_grid("kernels-of-gptq-v2", partial(_kernels, "gptq_v2"), (3, False)),
         },
         _NO_KERNEL,
         _NO_KERNEL_NOTE,
     ),
     **_refused(
         {
-            **_grid("intel-of-gptq-v2", partial(_intel, "gptq_v2"), *SYM),
-            **_grid("kernels-of-gptq-v2", partial(_kernels, "gptq_v2"), (3, True), *_NOT_3_ASYM),
+            **_grid("intel-of-gptq-v2", partial(_intel, "gptq_v2"), *SYM, *ASYM),
+            **_grid("kernels-of-gptq-v2", partial(_kernels, "gptq_v2"), *SYM, *ASYM),
         },
-        "",
-        _VERSION_1,
-    ),
-    "kernels-of-awq-asym": Refusal(
-        _kernels("auto_awq", sym=False), "", "takes the codes for symmetric ones where the configuration has no `sym`"
+        "Failed to convert gptq format to auto_round format. Only supports `gptqv1`",
+        "use `auto_gptq` or `auto_round`",
     ),
     "intel-of-compressed": Refusal(
         Case("auto_round", "llm_compressor"), "Only `gptqv1`, `awq`, and `auto-round` formats are supported"

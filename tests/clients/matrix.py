@@ -105,8 +105,7 @@ TESTS = (
 
 
 class Claim(NamedTuple):
-    """What a test shows: that a client computes the same, or ``words`` of its refusal, which are empty where it
-    computes something else; and how the test ended."""
+    """What a test shows: that a client computes the same, or ``words`` of its refusal; and how the test ended."""
 
     client: str
     layout: str

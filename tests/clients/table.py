@@ -64,7 +64,7 @@ def _refusals(found: list[Claim]) -> Iterator[str]:
         widths = {sym: [str(claim.cell[0]) for claim in own if claim.cell and claim.cell[1] is sym] for sym in CODES}
         what = [f"{CODES[sym]} {', '.join(bits)}" for sym, bits in widths.items() if bits]
         what += dict.fromkeys(claim.beside for claim in own if claim.beside)
-        answer = f"refused with {_quoted(words)}" if words else "**computes something else**"
+        answer = f"refused with {_quoted(words)}"
         why = f"; {note}" if note else ""
         yield f"- `{layout}`, {', '.join(what)}: {_text(answer, {claim.outcome for claim in own})}{why}.\n"
 

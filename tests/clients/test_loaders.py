@@ -95,15 +95,8 @@ def test_the_client_computes_the_same(name: str, ours: dict[str, Ours], theirs: 
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_the_client_refuses(name: str, ours: dict[str, Ours], theirs: dict[str, Any]) -> None:
-    """With its words, or without: then it computes something else."""
-    answer, words = theirs[name], REFUSED[name].words
-    if words:
-        assert words in answer.get("error", "no error")
-        return
-    assert "error" not in answer, answer["error"]
-    found_TV = torch.tensor(answer["logits"])
-    assert answer["tokens"] != ours[name].tokens or (found_TV - _logits(ours[name])).abs().max() > 10 * TOLERANCE
+def test_the_client_refuses(name: str, theirs: dict[str, Any]) -> None:
+    assert REFUSED[name].words in theirs[name].get("error", "no error")
 
 
 def _logits(own: Ours) -> torch.Tensor:

@@ -244,6 +244,7 @@ def test_config_of_auto_awq() -> None:
         "version": "gemm",
         "bits": 4,
         "group_size": 32,
+        "sym": True,
         "zero_point": True,
         "modules_to_not_convert": ["model.layers.1.a"],
         "dynamic": {r"-:^model\.layers\.1\.a$": {}},
@@ -283,7 +284,8 @@ def test_widths_that_a_layout_does_not_hold(name: str, bits: int) -> None:
 
 def test_config_of_auto_gptq() -> None:
     config = _config("auto_gptq", _plan("auto_gptq", odd=96))
-    assert _config("gptq_v2", _plan("gptq_v2", odd=96)) == config | {"checkpoint_format": "gptq_v2"}
+    second = {"checkpoint_format": "gptq_v2", "meta": {"quantizer": ["autoround"]}}
+    assert _config("gptq_v2", _plan("gptq_v2", odd=96)) == config | second
     assert config == {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
