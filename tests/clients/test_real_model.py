@@ -54,9 +54,9 @@ class Client:
 
 
 CASES = {
-    "intel": Client("auto_round", "auto-round", "auto_round", True),
     "compressed": Client("transformers", "auto-round", "llm_compressor", True),
-    # Its kernel for float16 on CPUs takes minutes for all rows.
+    # Their kernels for float16 on CPUs take minutes for all rows.
+    "intel": Client("auto_round", "auto-round", "auto_round", True, rows=1),
     "gptqmodel": Client("gptqmodel", "gptqmodel", "gptq_v2", False, rows=1),
     "transformers-gptq": Client("transformers", "gptqmodel", "auto_gptq", True, rows=1),
     "vllm": Client("vllm", "vllm", "auto_awq", False),
