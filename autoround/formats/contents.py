@@ -163,7 +163,8 @@ def cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
     if dtype is None or not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
     result = tensor.to(dtype)
-    if bool((torch.isinf(result) & torch.isfinite(tensor)).any()):
+    ends = torch.stack(result.aminmax()) if result.numel() else result  # which needs no memory of its own
+    if not bool(torch.isfinite(ends).all()) and bool((torch.isinf(result) & torch.isfinite(tensor)).any()):
         largest = tensor[torch.isfinite(tensor)].abs().max().item()
         raise FormatError(
             f"{name}: found values up to {largest:g}; needed at most {torch.finfo(dtype).max:g} for {dtype}; "
