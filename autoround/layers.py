@@ -81,8 +81,8 @@ def read_layer_config(given: object) -> tuple[LayerSetting, ...]:
     """
     if isinstance(given, str | Path):
         given = _read(str(given).strip()) if str(given).strip() else {}
-    if isinstance(given, tuple) and all(isinstance(each, LayerSetting) for each in given):
-        return given
+    if isinstance(given, list | tuple) and all(isinstance(each, LayerSetting) for each in given):
+        return tuple(given)
     if not isinstance(given, Mapping):
         raise UsageError(
             f"layer_config: found {given!r}; needed a mapping from layer or pattern to settings, "
