@@ -211,6 +211,14 @@ class GgufSpec:
         return self.layout.groups
 
     @property
+    def level_range(self) -> tuple[int, int]:
+        """Least and greatest integer scale, or minimum, of a group; both are 1 where a block is one group."""
+        bits = self.layout.scale_bits
+        if not bits:
+            return 1, 1
+        return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if self.sym else (0, (1 << bits) - 1)
+
+    @property
     def block_columns(self) -> int:
         """Columns of a block: 32 or 256."""
         return self.layout.group_size * self.layout.groups

@@ -139,10 +139,8 @@ class _Fit:
     def _neighbours(self, value_N: Tensor) -> Tensor:
         """The stored value of each group, and those a level below and above."""
         stored = factors(self._blocks(value_N), self._spec)
-        bits = self._spec.layout.scale_bits
-        last = -(1 << (bits - 1)) if self._spec.sym else (1 << bits) - 1
-        least, most = (last, -last - 1) if self._spec.sym else (0, last)
-        free_MB = stored.level_OG != last
+        least, most = self._spec.level_range
+        free_MB = stored.level_OG != (least if self._spec.sym else most)
         return torch.stack([
             stored._replace(level_OG=(stored.level_OG + step * free_MB).clamp(least, most)).product().flatten()
             for step in NEIGHBOURS

@@ -104,12 +104,7 @@ def _range(name: str, spec: GgufSpec) -> tuple[float, float]:
     """Least and greatest value of a field of the codes."""
     if name in ("d_OK", "dmin_OK"):
         return torch.finfo(torch.float16).min, torch.finfo(torch.float16).max
-    if name == "q_OI":
-        return 0, spec.code_max
-    bits = spec.layout.scale_bits
-    if bits == 0:
-        return 1, 1
-    return (-(1 << bits - 1), (1 << bits - 1) - 1) if spec.sym else (0, (1 << bits) - 1)
+    return (0, spec.code_max) if name == "q_OI" else spec.level_range
 
 
 # Packing: the fields of a block, in the order of the file.

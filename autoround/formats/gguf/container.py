@@ -20,7 +20,7 @@ from autoround.errors import FormatError
 
 FILE_TYPE, QUANTIZATION_VERSION = "general.file_type", "general.quantization_version"
 
-_FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _SCALARS = {
     GGUFValueType.UINT8: "<B",
     GGUFValueType.INT8: "<b",
@@ -291,7 +291,7 @@ def _padded(size: int, alignment: int = _ALIGNMENT) -> int:
 def _write_data(stream: BinaryIO, tensor: GgufTensor) -> None:
     data = tensor.read()
     shape = _byte_shape(tensor.name, tensor.type, tensor.shape)
-    dtype = _FLOATS.get(tensor.type, torch.uint8)
+    dtype = FLOATS.get(tensor.type, torch.uint8)
     needed = tensor.shape if dtype.is_floating_point else shape
     assert data.dtype == dtype and tuple(data.shape) == needed, f"{tensor.name}: {data.dtype} {tuple(data.shape)}"
     size = math.prod(shape)

@@ -17,6 +17,7 @@ from autoround.formats.contents import BlockCodes, Model, cast
 from autoround.formats.gguf.architectures import row_order, stored_float, tensor_names
 from autoround.formats.gguf.blocks import pack_blocks, unpack_blocks
 from autoround.formats.gguf.container import (
+    FLOATS,
     GgufTensor,
     Value,
     copied_metadata,
@@ -33,7 +34,6 @@ from autoround.func.types import AsymBlockCodes, SymBlockCodes
 from autoround.plan import Plan
 from autoround.spec import GgufSpec
 
-FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _ADVICE = "export it again"
 
 
@@ -139,9 +139,8 @@ class GgufFile:
         for name in source.names():
             if name.removesuffix(".weight") in self.plan.specs:
                 continue
-            names = tensor_names(config, name)
-            heads = stored_float(config, name, torch.empty(source.shape(name), device="meta")) if names else ()
-            for index, (stored, head) in enumerate(zip(names, heads, strict=True)):
+            heads = stored_float(config, name, torch.empty(source.shape(name), device="meta"))
+            for index, (stored, head) in enumerate(zip(tensor_names(config, name), heads, strict=True)):
                 kind = types[stored] if types[stored] in FLOATS else "f16"
                 read = partial(_read_float, self.model, name, index, FLOATS[kind])
                 yield GgufTensor(stored, tuple(head.shape), kind, read)

@@ -81,7 +81,7 @@ def stored_types(file_type: str, config: Any, shapes: Mapping[str, tuple[int, ..
     """
     stored: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        parts = stored_float(config, name, torch.empty(shape, device="meta")) if tensor_names(config, name) else ()
+        parts = stored_float(config, name, torch.empty(shape, device="meta"))
         stored.update(zip(tensor_names(config, name), (tuple(part.shape) for part in parts), strict=True))
     return tensor_types(
         file_type,

@@ -68,12 +68,11 @@ def factors(value_OG: Tensor, spec: GgufSpec) -> Factors:
     if not layout.scale_bits:
         return Factors(round_to_dtype(value_OG, "float16"), torch.ones_like(value_OG))
     value_OKB = rearrange(value_OG, "o (k b) -> o k b", b=layout.groups)
+    least, most = spec.level_range
     if spec.sym:
         largest_OK = value_OKB.gather(-1, value_OKB.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        least, most = -(1 << (layout.scale_bits - 1)), (1 << (layout.scale_bits - 1)) - 1
         factor_OK = round_to_dtype(largest_OK / least, "float16")
     else:
-        least, most = 0, (1 << layout.scale_bits) - 1
         factor_OK = round_to_dtype(value_OKB.amax(-1) / most, "float16")
     level_OKB = (value_OKB / _divisor(factor_OK).unsqueeze(-1)).round().clamp(least, most)
     return Factors(factor_OK, rearrange(level_OKB, "o k b -> o (k b)"))
