@@ -22,8 +22,25 @@ SCALE_FLOOR = {
 _SCHEME = re.compile(r"W(?P<bits>\d+)A16(?:G(?P<group>-?\d+))?(?P<asym>_?ASYM)?", re.IGNORECASE)
 
 
+class _Codes:
+    """What follows from the width of a code."""
+
+    __slots__ = ()
+    bits: int
+
+    @property
+    def code_max(self) -> int:
+        """Largest unsigned code, ``2**bits - 1``."""
+        return (1 << self.bits) - 1
+
+    @property
+    def midpoint(self) -> int:
+        """What symmetric codes are relative to, ``2**(bits-1)``."""
+        return 1 << (self.bits - 1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QuantSpec:
+class QuantSpec(_Codes):
     """Storage of one weight as integer codes with a scale and a zero point per group.
 
     Attributes:
@@ -57,16 +74,6 @@ class QuantSpec:
         object.__setattr__(self, "scale_dtype", SCALE_DTYPES[self.scale_dtype])
         if not 0 <= self.zero_min <= 1:
             raise UsageError(f"zero_min: found {self.zero_min}; needed 0 or 1")
-
-    @property
-    def code_max(self) -> int:
-        """Largest unsigned code, ``2**bits - 1``."""
-        return (1 << self.bits) - 1
-
-    @property
-    def midpoint(self) -> int:
-        """Zero point of the symmetric grid, ``2**(bits-1)``."""
-        return 1 << (self.bits - 1)
 
     @property
     def block_groups(self) -> int:
@@ -156,7 +163,7 @@ GGUF_TYPES: Mapping[str, BlockLayout] = MappingProxyType({
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GgufSpec:
+class GgufSpec(_Codes):
     """Storage of one weight in blocks of a GGUF type.
 
     Attributes:
@@ -181,7 +188,7 @@ class GgufSpec:
         return GGUF_TYPES[self.type]
 
     @property
-    def bits(self) -> int:
+    def bits(self) -> int:  # type: ignore[override]  # it is never set
         """Width of a code."""
         return self.layout.bits
 
@@ -194,16 +201,6 @@ class GgufSpec:
     def sym(self) -> bool:
         """Whether codes are relative to a midpoint."""
         return self.layout.sym
-
-    @property
-    def code_max(self) -> int:
-        """Largest unsigned code, ``2**bits - 1``."""
-        return (1 << self.bits) - 1
-
-    @property
-    def midpoint(self) -> int:
-        """What symmetric codes are relative to, ``2**(bits-1)``."""
-        return 1 << (self.bits - 1)
 
     @property
     def block_groups(self) -> int:
