@@ -1,37 +1,14 @@
 """Every user setting in one frozen dataclass; the command line is generated from its fields. Torch-free."""
 
 import math
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import PurePath
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal
 
 from autoround.errors import UsageError
 from autoround.layers import LayerSetting, read_ignored, read_layer_config
+from autoround.options import check_choices, option
 from autoround.spec import SCALE_DTYPES, QuantSpec
-
-
-class Option(TypedDict):
-    """What the command line needs to know about a field beside its name, type and default."""
-
-    help: str
-    group: str
-    flags: tuple[str, ...]
-    off_flags: tuple[str, ...]
-    choices: tuple[str, ...]
-
-
-def _option(
-    default: Any,
-    help: str,
-    group: str,
-    *flags: str,
-    off_flags: tuple[str, ...] = (),
-    choices: tuple[str, ...] = (),
-    secret: bool = False,
-) -> Any:
-    """A field with its flags: the field's own name is always one of them; a secret is not printed."""
-    option = Option(help=help, group=group, flags=flags, off_flags=off_flags, choices=choices)
-    return field(default=default, metadata=option, repr=not secret)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,67 +23,67 @@ class Recipe:
     """
 
     # fmt: off
-    model: str = _option("", "hub name, folder or .gguf file", "model", "model_name", "model_name_or_path")
-    revision: str | None = _option(None, "branch, tag or commit of a hub model", "model")
-    cache_dir: str | None = _option(None, "where hub downloads are kept", "model")
-    token: str | None = _option(
+    model: str = option("", "hub name, folder or .gguf file", "model", "model_name", "model_name_or_path")
+    revision: str | None = option(None, "branch, tag or commit of a hub model", "model")
+    cache_dir: str | None = option(None, "where hub downloads are kept", "model")
+    token: str | None = option(
         None, "for private and gated hub models; HF_TOKEN or `hf auth login` when unset", "model", "hf_token",
         secret=True)
-    model_dtype: str | None = _option(
+    model_dtype: str | None = option(
         None, "dtype of the weights that stay unquantized; the checkpoint's own when unset", "model",
         choices=tuple(SCALE_DTYPES))
-    trust_remote_code: bool = _option(
+    trust_remote_code: bool = option(
         False, "run Python code that comes with the model", "model", off_flags=("disable_trust_remote_code",))
 
-    scheme: str = _option(
+    scheme: str = option(
         "W4A16", "bits and group size by name: W2A16, W3A16, W4A16, W8A16, W4A16G32_ASYM …", "scheme", "schemes")
-    bits: int | None = _option(None, "2, 3, 4 or 8; overrides the scheme", "scheme", "bit")
-    group_size: int | None = _option(
+    bits: int | None = option(None, "2, 3, 4 or 8; overrides the scheme", "scheme", "bit")
+    group_size: int | None = option(
         None, "columns that share a scale, -1 for a whole row; overrides the scheme", "scheme")
-    sym: bool | None = _option(
+    sym: bool | None = option(
         None, "symmetric or asymmetric grid; overrides the scheme", "scheme", off_flags=("asym",))
-    scale_dtype: str = _option("float16", "dtype of the scales", "scheme", choices=tuple(SCALE_DTYPES))
-    odd_shapes: Literal["fit", "keep", "fail"] = _option(
+    scale_dtype: str = option("float16", "dtype of the scales", "scheme", choices=tuple(SCALE_DTYPES))
+    odd_shapes: Literal["fit", "keep", "fail"] = option(
         "fit", "rows that the group size does not divide: take a smaller one, keep them in 16 bits, or stop", "scheme",
         choices=("fit", "keep", "fail"))
-    quant_lm_head: bool = _option(
+    quant_lm_head: bool = option(
         False, "quantize the output head too; formats auto_round and fake", "scheme", off_flags=("no_quant_lm_head",))
-    layer_config: Any = _option(
+    layer_config: Any = option(
         (), "settings of single layers, JSON or YAML, as text or a file: path or pattern -> scheme, settings or keep, "
         "as {k_proj: {bits: 8}, up_proj: W8A16, layers.0: keep}; later ones win, whole paths over patterns", "scheme")
-    ignore_layers: Any = _option(
+    ignore_layers: Any = option(
         (), "comma list of paths, parts of paths or patterns of layers to keep in 16 bits", "scheme", "fp_layers")
 
-    format: tuple[str, ...] = _option(("auto_round",), "comma list of layouts to write", "output", "formats")
-    output_dir: str = _option("autoround-output", "folder for the quantized model and its journal", "output")
-    overwrite: bool = _option(False, "discard what is in the output folder", "output")
-    max_shard_size: str = _option("5GB", "largest size of one weight file", "output")
+    format: tuple[str, ...] = option(("auto_round",), "comma list of layouts to write", "output", "formats")
+    output_dir: str = option("autoround-output", "folder for the quantized model and its journal", "output")
+    overwrite: bool = option(False, "discard what is in the output folder", "output")
+    max_shard_size: str = option("5GB", "largest size of one weight file", "output")
 
-    dataset: Any = _option(
+    dataset: Any = option(
         None, "calibration text: file, folder, hub name or python-docs; options as name:num=64; "
         "NeelNanda/pile-10k when unset", "calibration")
-    nsamples: int = _option(128, "rows of calibration tokens", "calibration", "nsample")
-    seqlen: int = _option(2048, "tokens in a row", "calibration", "seq_len")
-    batch_size: int = _option(8, "rows in a tuning step", "calibration", "bs", "train_bs", "train_batch_size")
-    seed: int = _option(42, "seed of row order and batches", "calibration")
+    nsamples: int = option(128, "rows of calibration tokens", "calibration", "nsample")
+    seqlen: int = option(2048, "tokens in a row", "calibration", "seq_len")
+    batch_size: int = option(8, "rows in a tuning step", "calibration", "bs", "train_bs", "train_batch_size")
+    seed: int = option(42, "seed of row order and batches", "calibration")
 
-    iters: int = _option(200, "tuning steps per block; 0 rounds to nearest", "tuning", "iter")
-    lr: float | None = _option(None, "learning rate of the offsets; 1/iters when unset", "tuning")
-    minmax_lr: float | None = _option(None, "learning rate of the clips; that of the offsets when unset", "tuning")
-    momentum: float = _option(0.0, "momentum of the sign gradient", "tuning")
-    adam: bool = _option(False, "AdamW in place of SignSGD", "tuning", "enable_adam")
-    gradient_accumulate_steps: int = _option(1, "batches whose gradients one step sums up", "tuning")
-    clip_search: bool | None = _option(
+    iters: int = option(200, "tuning steps per block; 0 rounds to nearest", "tuning", "iter")
+    lr: float | None = option(None, "learning rate of the offsets; 1/iters when unset", "tuning")
+    minmax_lr: float | None = option(None, "learning rate of the clips; that of the offsets when unset", "tuning")
+    momentum: float = option(0.0, "momentum of the sign gradient", "tuning")
+    adam: bool = option(False, "AdamW in place of SignSGD", "tuning", "enable_adam")
+    gradient_accumulate_steps: int = option(1, "batches whose gradients one step sums up", "tuning")
+    clip_search: bool | None = option(
         None, "start the clips from an activation-weighted search; when unset, on unless iters is 0, and on for GGUF",
         "tuning",
         off_flags=("no_clip_search",))
-    keep: Literal["last", "best"] = _option(
+    keep: Literal["last", "best"] = option(
         "last", "parameters to keep: the last ones, or those of the best minibatch", "tuning",
         choices=("last", "best"))
 
-    device_map: str = _option("auto", "auto, cpu, cuda or the number of a CUDA device", "device", "device", "devices")
-    low_gpu_mem_usage: bool = _option(False, "keep activations in host memory", "device")
-    torch_compile: bool | None = _option(
+    device_map: str = option("auto", "auto, cpu, cuda or the number of a CUDA device", "device", "device", "devices")
+    low_gpu_mem_usage: bool = option(False, "keep activations in host memory", "device")
+    torch_compile: bool | None = option(
         None, "compile the tuning step; on where it helps when unset", "device", "enable_torch_compile",
         off_flags=("disable_torch_compile",))
     # fmt: on
@@ -122,7 +99,7 @@ class Recipe:
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"{name}: found {value}; needed a positive number")
         _check_output(self)
-        _check_choices(self)
+        check_choices(self)
         if self.model_dtype is not None:
             object.__setattr__(self, "model_dtype", SCALE_DTYPES[self.model_dtype])
         object.__setattr__(self, "layer_config", read_layer_config(self.layer_config))
@@ -185,18 +162,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "rtn": {"iters": 0},
     "opt_rtn": {"iters": 0, "clip_search": True},
 }
-
-
-def options() -> dict[str, tuple["Field[Any]", Option]]:
-    """Every field of ``Recipe`` with its command-line description."""
-    return {each.name: (each, cast(Option, each.metadata)) for each in fields(Recipe)}
-
-
-def _check_choices(recipe: Recipe) -> None:
-    for name, (_, option) in options().items():
-        value = getattr(recipe, name)
-        if option["choices"] and value is not None and value not in option["choices"]:
-            raise UsageError(f"{name}: found {value!r}; needed one of {', '.join(option['choices'])}")
 
 
 def _check_output(recipe: Recipe) -> None:

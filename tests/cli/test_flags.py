@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from autoround.cli.flags import parse, program, spellings
+from autoround.cli.quantize import grammar, parse, program
 from autoround.cli.refused import FLAGS
 from autoround.errors import UsageError
-from autoround.recipe import PRESETS, Recipe, options
+from autoround.options import settings_of
+from autoround.recipe import PRESETS, Recipe
 from autoround.spec import QuantSpec
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -83,7 +84,6 @@ def test_rounding_to_nearest_needs_no_data() -> None:
     [
         (["--model_name", "x"], "model", "x"),
         (["--model-name-or-path=x"], "model", "x"),
-        (["quantize", "x"], "model", "x"),
         (["--bits", "3", "x"], "model", "x"),
         (["--group-size", "-1"], "group_size", -1),
         (["--group_size=-1"], "group_size", -1),
@@ -146,39 +146,33 @@ def test_what_cannot_be_is_refused(words: list[str], message: str) -> None:
 
 
 def test_no_flag_is_both_taken_and_refused() -> None:
-    assert not set(spellings()) & set(FLAGS)
+    assert not set(grammar("default").spellings()) & set(FLAGS)
 
 
 @pytest.mark.parametrize("flag", (GOLDEN / "auto_round_0_16_flags.txt").read_text().split())
 def test_every_flag_of_auto_round_0_16_is_taken_or_refused_by_name(flag: str) -> None:
     name = flag.removeprefix("--").replace("-", "_")
-    if name in spellings():
+    if name in grammar("default").spellings():
         return
     with pytest.raises(UsageError) as caught:
         parse(["m", flag, "value"], "default")
     assert str(caught.value) == f"{flag}: {FLAGS[name]}"
 
 
-@pytest.mark.parametrize("word", ["eval", "list"])
-def test_subcommands_that_are_not_there_are_refused_by_name(word: str) -> None:
-    with pytest.raises(UsageError, match=f"^{word}: "):
-        parse([word, "--model", "m"], "default")
-
-
 def test_flags_are_frozen() -> None:
     """A flag added or removed on purpose changes this file in the same commit."""
-    found = "".join(f"--{spelling} {flag}\n" for spelling, flag in sorted(spellings().items()))
+    found = "".join(f"--{spelling} {flag}\n" for spelling, flag in sorted(grammar("default").spellings().items()))
     assert found == (GOLDEN / "flags.txt").read_text()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_help_tells_every_setting_and_its_default(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        parse(["help"], preset)
+        parse(["--help"], preset)
     text = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0
     assert text.startswith(f"usage: {program(preset)} MODEL [flags]")
-    assert [name for name in options() if f" --{name} " not in text] == []
+    assert [name for name in settings_of(Recipe) if f" --{name} " not in text] == []
     assert f"rounds to nearest [default {RESOLVED[preset][0]}; also --iter]" in text
     assert f"rows of calibration tokens [default {RESOLVED[preset][1]}; also --nsample]" in text
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from autoround.cli.flags import parse
 from autoround.cli.main import main
+from autoround.cli.quantize import parse
 from autoround.errors import UsageError
 from autoround.recipe import Recipe
 from tests.formats.quantized import tiny_llama

@@ -2,17 +2,27 @@
 
 import errno
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
 
 from autoround.cli import main as commands
+from autoround.cli.commands import SUBCOMMANDS
 from autoround.cli.main import main
+from autoround.cli.quantize import program
 from autoround.errors import AutoRoundError, DataError, UsageError
 from autoround.log import LOGGER
 from autoround.recipe import Recipe
 from tests.cli.stub import StubEngine
 
+CLOSED = """
+import sys
+from autoround.cli.main import main
+from tests.cli.stub import StubEngine
+sys.exit(main(["m", "--quiet"], quantize=StubEngine()))
+"""
 RAN = """\
 calibration: reading text
 auto-round: warning: less text than asked
@@ -157,9 +167,36 @@ def test_each_command_refuses_in_its_own_name(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["ignored", "--bits", "5", "m"])
     assert command() == 2
-    assert capsys.readouterr().err == f"{commands.program(preset)}: error: bits: found 5; needed one of 2, 3, 4, 8\n"
+    assert capsys.readouterr().err == f"{program(preset)}: error: bits: found 5; needed one of 2, 3, 4, 8\n"
 
 
-def test_the_evaluation_command_says_what_to_use(capsys: pytest.CaptureFixture[str]) -> None:
-    assert commands.evaluate() == 2
-    assert capsys.readouterr().err.startswith("auto-round-eval: error: evaluation is not available yet; write --format")
+@pytest.mark.parametrize(("words", "model"), [(["quantize", "x"], "x"), (["quantized"], "quantized")])
+def test_the_word_quantize_may_stand_first(words: list[str], model: str) -> None:
+    engine = StubEngine()
+    assert main(words, quantize=engine) == 0
+    assert [recipe.model for recipe in engine.asked] == [model]
+
+
+def test_help_may_be_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["help"])
+    text = capsys.readouterr().out
+    assert text.startswith("usage: auto-round MODEL [flags]")
+    assert [name for name in SUBCOMMANDS if f"  auto-round {name} " not in text] == []
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_every_subcommand_has_help_of_its_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--help"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: auto-round {name} ")
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+    reader.wait()
+    done = subprocess.run(
+        [sys.executable, "-c", CLOSED], stdout=reader.stdin, stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, "auto-round: warning: less text than asked\n")

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoround.errors import UsageError
-from autoround.recipe import PRESETS, Recipe, options
+from autoround.options import settings_of
+from autoround.recipe import PRESETS, Recipe
 from autoround.spec import QuantSpec
 
 # Everything that holds settings, descriptions or events and no tensor.
@@ -18,7 +19,7 @@ MODULES = (
     "autoround.spec", "autoround.layers", "autoround.recipe", "autoround.plan", "autoround.resolve",
     "autoround.progress", "autoround.families", "autoround.formats.gguf.recipes", "autoround.data.language",
     "autoround.data.report", "autoround.formats.auto_gptq", "autoround.formats.auto_round", "autoround.formats.fake",
-    "autoround.formats.rules", "autoround.backends.base", "autoround.cli.flags",
+    "autoround.formats.rules", "autoround.backends.base", "autoround.cli.quantize", "autoround.cli.grammar",
 )  # fmt: skip
 DEFAULTS: dict[str, Any] = {"iters": 200, "nsamples": 128, "seqlen": 2048, "batch_size": 8, "lr": None}
 
@@ -36,7 +37,7 @@ DEFAULTS: dict[str, Any] = {"iters": 200, "nsamples": 128, "seqlen": 2048, "batc
 def test_presets(preset: str, settings: dict[str, Any]) -> None:
     recipe = Recipe.preset(preset)
     assert {name: getattr(recipe, name) for name in DEFAULTS | settings} == DEFAULTS | settings
-    others = set(options()) - set(DEFAULTS) - set(settings) - {"clip_search"}
+    others = set(settings_of(Recipe)) - set(DEFAULTS) - set(settings) - {"clip_search"}
     assert all(getattr(recipe, name) == getattr(Recipe(), name) for name in others)
     assert recipe.needs_data == (preset != "rtn")
 
@@ -132,7 +133,7 @@ def test_recipes_are_values() -> None:
 
 
 def test_every_field_can_be_described_on_a_command_line() -> None:
-    for name, (field, option) in options().items():
+    for name, (field, option) in settings_of(Recipe).items():
         assert option["help"], name
         assert option["group"], name
         assert field.default is not dataclasses.MISSING, name

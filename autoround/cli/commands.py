@@ -1,0 +1,45 @@
+"""The subcommands of ``auto-round``.
+
+A subcommand is a module of this package with two names: ``GRAMMAR``, a ``Grammar``, and ``run``, which takes the values
+that the grammar read and returns what stdout shows. Its entry here is all that makes it known. Modules are imported
+when their command is called, and import torch, if at all, inside ``run``.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, cast
+
+from autoround.cli.grammar import Grammar
+
+
+class Subcommand(NamedTuple):
+    """Where a subcommand is, and what it does in a few words."""
+
+    module: str
+    summary: str
+
+
+class Module(Protocol):
+    """What the module of a subcommand has."""
+
+    GRAMMAR: Grammar
+
+    def run(self, values: Mapping[str, Any]) -> str:
+        """Do it; the text for stdout, empty for none."""
+
+
+SUBCOMMANDS: Mapping[str, Subcommand] = MappingProxyType(
+    {
+        "export": Subcommand("autoround.cli.export", "more formats from a journal or checkpoint, code for code"),
+    }
+)
+
+
+def find(name: str) -> Module:
+    """The module of a subcommand.
+
+    Raises:
+        KeyError: there is none of that name.
+    """
+    return cast(Module, import_module(SUBCOMMANDS[name].module))

@@ -1,0 +1,170 @@
+"""``auto-round`` itself and its recipes: words to a recipe, the run, the folders it wrote."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from autoround.cli.commands import SUBCOMMANDS
+from autoround.cli.grammar import SWITCHES, Grammar
+from autoround.data.language import parse_specs
+from autoround.errors import UsageError
+from autoround.options import settings_of
+from autoround.plan import Plan, check_head
+from autoround.progress import BlockDone, Progress
+from autoround.recipe import PRESETS, Recipe
+
+if TYPE_CHECKING:
+    from autoround.cli.display import Display
+
+EPILOG = """\
+Every flag may be written with dashes: --group-size. A flag always wins over the recipe of the command:
+auto-round, auto-round-best, auto-round-light, auto-round-rtn or auto-round-opt-rtn.
+
+examples:
+  auto-round Qwen/Qwen3-0.6B --scheme W4A16
+  auto-round-light ./model --bits 2 --group_size 64 --dataset notes.jsonl,python-docs:num=64
+  auto-round model.gguf --bits 4 --iters 0 --format "auto_round,auto_gptq" --output_dir out
+  auto-round export out.journal --format auto_awq,llm_compressor --output_dir more
+
+other commands, each with a --help of its own:
+"""
+
+
+class Run(Protocol):
+    """What the command needs of a planned run: see ``autoround.engine.Run``."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+    @property
+    def plan(self) -> Plan: ...
+
+    def __iter__(self) -> Iterator[BlockDone]: ...
+
+    def export(self) -> tuple[Path, ...]: ...
+
+
+class Quantize(Protocol):
+    """Opens a model and plans its runs: see ``autoround.engine.quantize_each``."""
+
+    def __call__(
+        self, model: str, recipe: Recipe, *, on_progress: Callable[[Progress], None] | None = None
+    ) -> Sequence[Run]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """What the user asked for."""
+
+    recipe: Recipe
+    dry_run: bool = False
+    quiet: bool = False
+    debug: bool = False
+
+
+def program(preset: str) -> str:
+    """Name of the command that runs a named recipe.
+
+    >>> program("default"), program("opt_rtn")
+    ('auto-round', 'auto-round-opt-rtn')
+    """
+    return "auto-round" if preset == "default" else f"auto-round-{preset.replace('_', '-')}"
+
+
+def grammar(preset: str) -> Grammar:
+    """The words of the command that runs a named recipe."""
+    others = "\n".join(f"  auto-round {name:10} {each.summary}" for name, each in SUBCOMMANDS.items())
+    return Grammar(
+        program=program(preset),
+        usage="MODEL [flags]",
+        description="Quantize the weights of a language model by learned rounding.",
+        epilog=EPILOG + others,
+        positional=("MODEL", "the same as --model"),
+        needed="one model",
+        settings=settings_of(Recipe),
+        defaults=PRESETS[preset],
+        switches=tuple(SWITCHES),
+    )
+
+
+def parse(words: Sequence[str], preset: str) -> Command:
+    """Read the words after the command's name.
+
+    Args:
+        words: without the command itself.
+        preset: the recipe that the command stands for.
+
+    Raises:
+        UsageError: a flag that is unknown or not taken, or a value that cannot be.
+        SystemExit: after --help and --version have printed.
+    """
+    values = grammar(preset).read(words)
+    settings = {name: values[name] for name in settings_of(Recipe) if name in values}
+    named = values.get("positional")
+    if named is not None and settings.setdefault("model", named) != named:
+        raise UsageError(f"model: found {named!r} and {settings['model']!r}; needed one")
+    if not settings.get("model"):
+        raise UsageError(f"model: found none; needed a hub name, folder or .gguf file; try {program(preset)} --help")
+    switches = {name: values[name] for name in SWITCHES if name in values}
+    return Command(recipe=Recipe.preset(preset, **settings), **switches)
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse what can be refused before torch is imported.
+
+    Raises:
+        AutoRoundError: a format that cannot hold what is asked, or calibration text that says nothing.
+    """
+    from autoround.families import split
+    from autoround.formats.registry import rules
+
+    for each in split(recipe):
+        for name in each.format:
+            check_head(each.quant_lm_head, rules(name))
+    if recipe.dataset is not None:
+        parse_specs(recipe.dataset)
+
+
+def run(command: Command, quantize: Quantize | None = None) -> str:
+    """Do it, with progress on stderr; the plan, or the folders written, one a line.
+
+    Args:
+        command: what to do.
+        quantize: the engine to use; the package's own when not given.
+
+    Raises:
+        AutoRoundError: it cannot be done.
+    """
+    from autoround.cli.display import display, logged
+    from autoround.cli.show import show_plan
+
+    recipe = command.recipe
+    check(recipe)
+    engine = quantize or _engine()
+    with display(sys.stderr) as screen, logged(screen.note, debug=command.debug):
+        told = None if command.dry_run or command.quiet else screen.update
+        runs = engine(recipe.model, recipe, on_progress=told)
+        if command.dry_run:
+            return "\n\n".join(show_plan(run.plan, _name(run, runs)) for run in runs)
+        return "\n".join(str(folder) for run in runs for folder in _finish(run, screen, quiet=command.quiet))
+
+
+def _engine() -> Quantize:
+    from autoround.engine import quantize_each
+
+    return quantize_each
+
+
+def _name(run: Run, runs: Sequence[Run]) -> str:
+    """What a run is for, where a command has several."""
+    return ", ".join(run.recipe.format) if len(runs) > 1 else ""
+
+
+def _finish(run: Run, screen: "Display", *, quiet: bool) -> tuple[Path, ...]:
+    """Do a run's work and write its formats; their folders."""
+    for done in run:
+        if not quiet:
+            screen.block_done(done, len(run.plan.parts))
+    return run.export()
