@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -194,9 +195,9 @@ def test_every_subcommand_has_help_of_its_own(name: str, capsys: pytest.CaptureF
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:
-    reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
-    reader.wait()
-    done = subprocess.run(
-        [sys.executable, "-c", CLOSED], stdout=reader.stdin, stderr=subprocess.PIPE, text=True, check=False
-    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-c", CLOSED]
+    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
     assert (done.returncode, done.stderr) == (1, "auto-round: warning: less text than asked\n")
