@@ -1,0 +1,24 @@
+"""Quality of quantized models: scores against the float model, and lm-eval's tasks. Torch-free until it is used."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from autoround.evaluate.scores import TokenScores as TokenScores
+    from autoround.evaluate.scores import compare as compare
+    from autoround.evaluate.stream import compare_streamed as compare_streamed
+
+__all__ = ["TokenScores", "compare", "compare_streamed"]
+
+_HOMES = {
+    "TokenScores": "autoround.evaluate.scores",
+    "compare": "autoround.evaluate.scores",
+    "compare_streamed": "autoround.evaluate.stream",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name's module when the name is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,109 @@
+"""Checkpoints of every layout opened for a forward block by block: each weight is dequantized when it is read."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from autoround import func
+from autoround.convert import QuantizedModel, open_quantized
+from autoround.errors import FormatError, ModelError
+from autoround.model.hub import download
+from autoround.model.load import CONFIG, OpenModel, open_model
+from autoround.model.source import StoredNames
+from autoround.spec import QuantSpec
+
+
+class DequantizedSource(StoredNames):
+    """The tensors of a quantized checkpoint as those of a float model."""
+
+    def __init__(self, quantized: QuantizedModel) -> None:
+        self._quantized, self._specs = quantized, quantized.plan.specs
+        names = (*quantized.source.names(), *(f"{path}.weight" for path in self._specs))
+        super().__init__(quantized.model.skeleton, {name: name for name in names}, quantized.model.name)
+
+    def checkpoint_name(self, name: str) -> str:
+        return self._quantized.source.checkpoint_name(self.key(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        key = self.key(name)
+        if key.removesuffix(".weight") in self._specs:
+            return tuple(self._quantized.model.skeleton.get_parameter(key).shape)
+        return self._quantized.source.shape(key)
+
+    def dtype(self, name: str) -> torch.dtype:
+        key = self.key(name)
+        return torch.float32 if key.removesuffix(".weight") in self._specs else self._quantized.source.dtype(key)
+
+    def read(self, name: str) -> Tensor:
+        """A packed weight is float32: scale times the distance of its codes from the zero point."""
+        key = self.key(name)
+        path = key.removesuffix(".weight")
+        if path not in self._specs:
+            return self._quantized.source.read(key)
+        spec = self._specs[path]
+        assert isinstance(spec, QuantSpec), "no folder of safetensors holds other codes"
+        try:
+            codes = self._quantized.layout.codes(self._quantized.source.packed(path), spec)
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}") from error
+        weight_OI = func.dequantize(codes, spec)
+        return weight_OI.mT if isinstance(self._quantized.model.skeleton.get_submodule(path), Conv1D) else weight_OI
+
+
+def open_checkpoint(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+) -> OpenModel:
+    """Open a float or quantized checkpoint; no weight is loaded.
+
+    Args:
+        path: hub name, folder or ``.gguf`` file; a folder may hold one of these.
+        revision: branch, tag or commit of a hub name.
+        cache_dir: where hub downloads are kept.
+        token: for private hub models.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        AutoRoundError: no such checkpoint, one that is damaged, or a layout that this package does not read.
+    """
+    if (file := gguf_file(Path(path))) is not None:
+        return open_model(file)
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        folder = download(str(path), revision=revision, cache_dir=cache_dir, token=token)
+    if quantization_of(folder):
+        quantized = open_quantized(folder, trust_remote_code=trust_remote_code)
+        return replace(quantized.model, name=str(path), source=DequantizedSource(quantized))
+    return open_model(folder, trust_remote_code=trust_remote_code)
+
+
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file that a path means: itself, or the one in a folder of no other model; None for anything else.
+
+    Raises:
+        ModelError: the folder has several.
+    """
+    path = path.expanduser()
+    if path.suffix == ".gguf" and not path.is_dir():
+        return path
+    files = [] if (path / CONFIG).is_file() else sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise ModelError(f"{path}: found {len(files)} GGUF files; needed one; name the file, such as {files[0]}")
+    return files[0] if files else None
+
+
+def quantization_of(folder: Path) -> str:
+    """The method by which a checkpoint's folder is quantized; empty for a float one, or where there is none."""
+    try:
+        settings = json.loads((folder / CONFIG).read_text()).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return str(settings.get("quant_method", "unknown")) if isinstance(settings, dict) else ""

@@ -1,0 +1,216 @@
+"""Perplexity and KL divergence block by block: of any model, one block's weights are in memory at a time.
+
+Hidden states of all rows are kept and pass through the blocks one after another; what follows the last block, up to the
+logits, works on single tokens and takes a few of them at a time.
+
+Legend: N rows, B rows in a batch, T tokens in a row, P predicted tokens, C of them in a chunk, D hidden size,
+V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from autoround import func
+from autoround.errors import DataError, ModelError
+from autoround.evaluate.scores import TokenScores, join, score
+from autoround.model.blocks import embedding, find_blocks
+from autoround.model.capture import capture
+from autoround.model.load import OpenModel
+from autoround.model.read import read_block
+from autoround.model.record import RecordingModel
+
+# Logits of one model that are in memory at a time; each chunk needs a handful of tensors of this size.
+CHUNK_LOGITS = 2**23
+
+
+class Rows(NamedTuple):
+    """Text to score on.
+
+    Attributes:
+        tokens_NT: int64 token ids; each row is scored on its own.
+        valid_NT: bool, False on padding.
+    """
+
+    tokens_NT: Tensor
+    valid_NT: Tensor
+
+    @property
+    def places_P2(self) -> Tensor:
+        """Row and column of every token that is predicted: all valid ones that follow a valid one."""
+        followed_NT = self.valid_NT[:, :-1] & self.valid_NT[:, 1:]
+        return followed_NT.nonzero() + torch.tensor([0, 1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Streaming:
+    """How blocks run: rows in a forward, where, and in which floating-point dtype."""
+
+    batch_size: int = 4
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
+    dtype: torch.dtype = torch.float32
+
+
+class Streamed(NamedTuple):
+    """Scores of a model, and the token that it ranks first at each place, int64."""
+
+    scores: TokenScores
+    top_P: Tensor
+
+
+class Outputs(RecordingModel):
+    """A model from the outputs of its last block to its logits, token by token.
+
+    Args:
+        model: an opened model; it is not changed.
+        streaming: where it runs, and in which dtype.
+        returns_tuple: whether blocks return their hidden states as the first item of a tuple.
+    """
+
+    def __init__(self, model: OpenModel, streaming: Streaming, *, returns_tuple: bool) -> None:
+        super().__init__(model, find_blocks(model.skeleton), streaming.device, streaming.dtype)
+        columns = embedding(model.skeleton).in_features
+        self._model.set_input_embeddings(_NoEmbedding(columns, streaming))  # whose weights are not needed
+        for recorder in self._recorders:
+            recorder.returns_tuple = returns_tuple
+        self._hidden_C1D = torch.empty(0)
+        self._recorders[-1].is_last = False
+        self._recorders[-1].register_forward_hook(self._replace)
+
+    def logits(self, hidden_CD: Tensor) -> Tensor:
+        """Logits (C, V) of single tokens, from the last block's outputs."""
+        self._seen.clear()
+        self._hidden_C1D = hidden_CD[:, None].to(self._device)
+        tokens_C1 = torch.zeros(len(hidden_CD), 1, dtype=torch.int64, device=self._device)
+        with torch.no_grad():
+            logits_C1V: Tensor = self._model(input_ids=tokens_C1, use_cache=False).logits
+        return logits_C1V[:, 0]
+
+    def _replace(self, module: nn.Module, args: Any, output: Tensor | tuple[Tensor]) -> Tensor | tuple[Tensor]:
+        """The outputs of the last block in place of its inputs."""
+        del module, args
+        return self._hidden_C1D if isinstance(output, Tensor) else (self._hidden_C1D,)
+
+
+def compare_streamed(
+    reference: OpenModel,
+    candidates: Mapping[str, OpenModel],
+    rows: Rows,
+    *,
+    streaming: Streaming,
+    reference_name: str = "float",
+    on_block: Callable[[str, int, int], None] = lambda name, block, blocks: None,
+) -> dict[str, Streamed]:
+    """Score candidates against a reference as ``compare`` does, without loading any of them.
+
+    The reference runs once. Beside one block's weights or two output heads, memory holds the hidden states of all rows
+    twice, in the dtype that blocks run in.
+
+    Args:
+        reference: an opened model; see ``open_checkpoint``.
+        candidates: name -> model with the same vocabulary.
+        rows: what to score on.
+        streaming: how blocks run.
+        reference_name: name of the reference's own scores in the result.
+        on_block: called with the model's name, the number of a block from 1 and the number of all, before each.
+
+    Returns:
+        name -> scores over the predicted tokens; log-probabilities are taken in float32.
+
+    Raises:
+        ModelError: vocabularies differ, or an architecture is not supported.
+        DataError: no token is predicted by another one.
+    """
+    if not len(rows.places_P2):
+        raise DataError(f"evaluation text: found rows of {rows.tokens_NT.shape[1]} tokens; needed at least 2")
+
+    def ended(name: str, model: OpenModel) -> _Ended:
+        return _run_blocks(model, rows, streaming, lambda block, blocks: on_block(name, block, blocks))
+
+    first = ended(reference_name, reference)
+    if not candidates:
+        return {reference_name: _score_pair(first, None, rows, streaming)[0]}
+    found: dict[str, Streamed] = {}
+    for name, model in candidates.items():
+        found[reference_name], found[name] = _score_pair(first, ended(name, model), rows, streaming)
+    return found
+
+
+class _NoEmbedding(nn.Module):
+    """Stands in for the embedding where its outputs do not matter."""
+
+    def __init__(self, columns: int, streaming: Streaming) -> None:
+        super().__init__()
+        self._columns, self._streaming = columns, streaming
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        return torch.zeros(*tokens_BT.shape, self._columns, dtype=self._streaming.dtype, device=tokens_BT.device)
+
+
+class _Ended(NamedTuple):
+    """A model, the outputs of its last block on the CPU, and whether that block returned them in a tuple."""
+
+    model: OpenModel
+    hidden_NTD: Tensor
+    returns_tuple: bool
+
+    def outputs(self, streaming: Streaming) -> Outputs:
+        return Outputs(self.model, streaming, returns_tuple=self.returns_tuple)
+
+
+def _run_blocks(model: OpenModel, rows: Rows, streaming: Streaming, on_block: Callable[[int, int], None]) -> _Ended:
+    """Pass all rows through all blocks."""
+    blocks, device = find_blocks(model.skeleton), streaming.device
+    hidden_NTD, templates = capture(
+        model, *rows, blocks=blocks, batch_size=streaming.batch_size, device=device, dtype=streaming.dtype
+    )
+    tuples: list[bool] = []
+    for index, (path, template) in enumerate(zip(blocks, templates, strict=True)):
+        on_block(index + 1, len(blocks))
+        block_fn = func.make_block_fn(model.skeleton.get_submodule(path))
+        block_fn.skeleton.register_forward_hook(lambda block, args, output: tuples.append(isinstance(output, tuple)))
+        tensors = read_block(model, path, dtype=streaming.dtype, device=device)
+        with torch.no_grad():
+            for rows_B in torch.split(torch.arange(len(hidden_NTD)), streaming.batch_size):
+                call = template.bind(hidden_NTD[rows_B].to(device), rows_B)
+                hidden_NTD[rows_B] = block_fn(tensors, call).to(hidden_NTD)
+    return _Ended(model, hidden_NTD, tuples[-1])
+
+
+def _score_pair(
+    reference: _Ended, candidate: _Ended | None, rows: Rows, streaming: Streaming
+) -> tuple[Streamed, Streamed]:
+    """The reference's own scores and the candidate's, or twice its own."""
+    ours, theirs = reference.outputs(streaming), candidate and candidate.outputs(streaming)
+    vocabulary = reference.model.config.get_text_config().vocab_size
+    parts: tuple[list[TokenScores], list[TokenScores]] = [], []
+    tops: tuple[list[Tensor], list[Tensor]] = [], []
+    for places_C2 in torch.split(rows.places_P2, max(1, CHUNK_LOGITS // vocabulary)):
+        row_C, column_C = places_C2.unbind(1)
+        next_C = rows.tokens_NT[row_C, column_C].to(streaming.device)
+        expected_CV = _log_probabilities(ours, reference.hidden_NTD[row_C, column_C - 1])
+        found = [expected_CV, expected_CV]
+        if candidate is not None and theirs is not None:
+            found[1] = _log_probabilities(theirs, candidate.hidden_NTD[row_C, column_C - 1])
+            _check_vocabularies(reference.model, candidate.model, *found)
+        for log_CV, scores, top in zip(found, parts, tops, strict=True):
+            own = score(expected_CV, log_CV, next_C)
+            scores.append(TokenScores(*(field.cpu() for field in own)))
+            top.append(log_CV.argmax(-1).cpu())
+    first, second = (Streamed(join(scores), torch.cat(top)) for scores, top in zip(parts, tops, strict=True))
+    return first, second
+
+
+def _log_probabilities(outputs: Outputs, hidden_CD: Tensor) -> Tensor:
+    return outputs.logits(hidden_CD).float().log_softmax(-1)
+
+
+def _check_vocabularies(reference: OpenModel, candidate: OpenModel, expected_CV: Tensor, log_CV: Tensor) -> None:
+    if expected_CV.shape != log_CV.shape:
+        raise ModelError(
+            f"{candidate.name}: found a vocabulary of {log_CV.shape[1]} tokens; needed the {expected_CV.shape[1]} of "
+            f"{reference.name}; give the model that it was made from as reference"
+        )

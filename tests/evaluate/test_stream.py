@@ -1,0 +1,99 @@
+"""Scores block by block against those of models in memory."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from autoround.errors import DataError, ModelError
+from autoround.evaluate.opening import open_checkpoint
+from autoround.evaluate.scores import TokenScores, compare
+from autoround.evaluate.stream import Rows, Streaming, compare_streamed
+from autoround.hub import load
+from autoround.model.load import open_model
+from tests.formats.quantized import quantized, tiny_gpt2, tiny_llama
+from tests.model.tiny import CONFIGS, VOCABULARY, make
+
+STREAMING = Streaming(batch_size=3)
+
+
+def rows(vocabulary: int, *, count: int = 5, tokens: int = 12) -> Rows:
+    tokens_NT = torch.randint(0, vocabulary, (count, tokens), generator=torch.Generator().manual_seed(1))
+    return Rows(tokens_NT, torch.ones_like(tokens_NT, dtype=torch.bool))
+
+
+def assert_same(found: TokenScores, expected: TokenScores) -> None:
+    torch.testing.assert_close(found.nll_P, expected.nll_P, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.kl_P, expected.kl_P, rtol=0, atol=1e-5)
+    assert found.top1 == pytest.approx(expected.top1, abs=0.02)  # of equal logits either may come first
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_models_in_memory(name: str) -> None:
+    """Tied heads, windows, biases, blocks that return tuples."""
+    model, other = make(name), make(name)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.3)
+    text = rows(VOCABULARY)
+    expected = compare(model, {"other": other}, text.tokens_NT)
+    found = compare_streamed(open_model(model), {"other": open_model(other)}, text, streaming=STREAMING)
+    assert list(found) == ["float", "other"]
+    assert found["other"].scores.kl > 1e-2
+    for key, scores in expected.items():
+        assert_same(found[key].scores, scores)
+
+
+@pytest.mark.parametrize("form", ["auto_round", "auto_gptq", "auto_awq", "llm_compressor", "fake"])
+def test_equals_what_a_quantized_folder_loads_to(form: str, tmp_path: Path) -> None:
+    model = tiny_llama(tied=True, bias=True)
+    folder = quantized(model, form, sym=False).write(form, tmp_path / form)
+    text = rows(128)
+    expected = compare(model, {"quantized": load(folder, dtype="float32")}, text.tokens_NT)
+    found = compare_streamed(open_model(model), {"quantized": open_checkpoint(folder)}, text, streaming=STREAMING)
+    assert_same(found["quantized"].scores, expected["quantized"])
+    assert expected["quantized"].kl > 1e-3
+
+
+def test_conv1d_and_a_quantized_head(tmp_path: Path) -> None:
+    for make_model, head in ((tiny_gpt2, False), (lambda: tiny_llama(tied=True), True)):
+        model = make_model()
+        folder = quantized(model, "auto_round", bits=3, head=head).write("auto_round", tmp_path / str(head))
+        text = rows(128)
+        expected = compare(model, {"quantized": load(folder, dtype="float32")}, text.tokens_NT)
+        found = compare_streamed(open_model(model), {"quantized": open_checkpoint(folder)}, text, streaming=STREAMING)
+        assert_same(found["quantized"].scores, expected["quantized"])
+
+
+def test_a_single_block_that_returns_a_tuple() -> None:
+    model, text = make("bloom", n_layer=1), rows(VOCABULARY)
+    found = compare_streamed(open_model(model), {}, text, streaming=STREAMING)
+    assert_same(found["float"].scores, compare(model, {}, text.tokens_NT)["float"])
+
+
+def test_padding_is_neither_seen_nor_scored() -> None:
+    model, text = make("llama"), rows(VOCABULARY)
+    text.valid_NT[1, 7:] = False
+    found = compare_streamed(open_model(model), {}, text, streaming=STREAMING)["float"]
+    whole = compare(model, {}, text.tokens_NT)["float"].nll_P.view(5, 11)
+    expected = torch.cat([whole[0], whole[1, :6], whole[2:].flatten()])
+    torch.testing.assert_close(found.scores.nll_P, expected, rtol=0, atol=1e-5)
+
+
+def test_blocks_are_told_and_top_tokens_are_the_models() -> None:
+    model, text, told = make("llama"), rows(VOCABULARY), []
+    found = compare_streamed(
+        open_model(model), {}, text, streaming=STREAMING, on_block=lambda *moment: told.append(moment)
+    )["float"]
+    assert told == [("float", 1, 3), ("float", 2, 3), ("float", 3, 3)]
+    with torch.no_grad():
+        expected = model(text.tokens_NT).logits[:, :-1].argmax(-1).flatten()
+    assert torch.equal(found.top_P, expected)
+
+
+def test_other_vocabularies_and_rows_of_one_token() -> None:
+    one, other = open_model(make("llama")), open_model(make("llama", vocab_size=VOCABULARY + 1))
+    with pytest.raises(ModelError, match="found a vocabulary of 49 tokens; needed the 48 of LlamaForCausalLM"):
+        compare_streamed(one, {"other": other}, rows(VOCABULARY), streaming=STREAMING)
+    with pytest.raises(DataError, match="found rows of 1 tokens"):
+        compare_streamed(one, {}, rows(VOCABULARY, tokens=1), streaming=STREAMING)
