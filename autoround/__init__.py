@@ -8,13 +8,15 @@ if TYPE_CHECKING:
     from autoround.engine import quantize_each as quantize_each
     from autoround.hub import load as load
     from autoround.hub import register as register
+    from autoround.intel.api import AutoRound as AutoRound
     from autoround.recipe import Recipe as Recipe
     from autoround.spec import QuantSpec as QuantSpec
 
 __version__ = "0.1.0"
-__all__ = ["QuantSpec", "Recipe", "__version__", "load", "quantize", "quantize_each", "register"]
+__all__ = ["AutoRound", "QuantSpec", "Recipe", "__version__", "load", "quantize", "quantize_each", "register"]
 
 _HOMES = {
+    "AutoRound": "autoround.intel.api",
     "QuantSpec": "autoround.spec",
     "Recipe": "autoround.recipe",
     "load": "autoround.hub",
