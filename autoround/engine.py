@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from autoround import __version__, func
+from autoround import __version__, config, func
 from autoround.backends.base import Numerics, select
 from autoround.data.tokens import Calibration, load_calibration, needs_tokenizer
 from autoround.errors import AutoRoundError, UsageError
@@ -265,7 +265,10 @@ class Run:
             },
             "numerics": dataclasses.asdict(self._numerics),
         }
-        return open_journal(folder, manifest, overwrite=self.recipe.overwrite)
+        journal = open_journal(folder, manifest, overwrite=self.recipe.overwrite)
+        named = dataclasses.replace(self.recipe, model=(self._origin or {}).get("model", ""))
+        config.write(named, folder / config.NAME)
+        return journal
 
     def _tune_blocks(self, journal: Journal, calibration: Calibration | None, start: int) -> Iterator[BlockDone]:
         """The loop over blocks, and what comes after them."""

@@ -3,6 +3,7 @@
 Layout of the folder::
 
     manifest.json                 what the run is; a different run is refused
+    run.yaml                      its settings, for ``auto-round --config``
     blocks/00003.safetensors      codes of block 3: ``<layer>.q_OI``, ``<layer>.scale_OG``, …, the fields of its tuple
     activations/0.safetensors     inputs of the block after an even one, and
     activations/1.safetensors     after an odd one, so that the last finished block's are always whole

@@ -81,7 +81,7 @@ class Grammar:
         )
         names = dict.fromkeys(setting.option["group"] for setting in self.settings.values())
         groups = {name: parser.add_argument_group(name) for name in names}
-        command = parser.add_argument_group("command")
+        command = groups.get("command") or parser.add_argument_group("command")
         if self.positional:
             metavar, text = self.positional
             next(iter(groups.values()), command).add_argument("positional", metavar=metavar, nargs="?", help=text)

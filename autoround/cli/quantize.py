@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from autoround import config
 from autoround.cli.commands import SUBCOMMANDS
 from autoround.cli.grammar import SWITCHES, Grammar
 from autoround.data.language import parse_specs
 from autoround.errors import UsageError
-from autoround.options import settings_of
+from autoround.options import option, settings_of
 from autoround.plan import Plan, check_head
 from autoround.progress import BlockDone, Progress
 from autoround.recipe import PRESETS, Recipe
@@ -55,6 +56,15 @@ class Quantize(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Files:
+    """Where settings come from beside the command line."""
+
+    config: str | None = option(
+        None, "YAML file of settings, such as the run.yaml in a run's journal; flags win over it", "command"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
     """What the user asked for."""
 
@@ -83,7 +93,7 @@ def grammar(preset: str) -> Grammar:
         epilog=EPILOG + others,
         positional=("MODEL", "the same as --model"),
         needed="one model",
-        settings=settings_of(Recipe),
+        settings=settings_of(Recipe) | settings_of(Files),
         defaults=PRESETS[preset],
         switches=tuple(SWITCHES),
     )
@@ -102,9 +112,12 @@ def parse(words: Sequence[str], preset: str) -> Command:
     """
     values = grammar(preset).read(words)
     settings = {name: values[name] for name in settings_of(Recipe) if name in values}
-    named = values.get("positional")
-    if named is not None and settings.setdefault("model", named) != named:
-        raise UsageError(f"model: found {named!r} and {settings['model']!r}; needed one")
+    if "config" in values:
+        settings = config.read(values["config"]) | settings
+    if named := values.get("positional"):
+        if values.get("model", named) != named:
+            raise UsageError(f"model: found {named!r} and {values['model']!r}; needed one")
+        settings["model"] = named
     if not settings.get("model"):
         raise UsageError(f"model: found none; needed a hub name, folder or .gguf file; try {program(preset)} --help")
     switches = {name: values[name] for name in SWITCHES if name in values}

@@ -181,3 +181,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--version"], "light")
     assert capsys.readouterr().out == "auto-round-light 0.1.0\n"
+
+
+def test_a_config_file_stands_between_recipe_and_flags(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\niters: 7\nbits: 2\n")
+    command = parse(["--config", str(file), "--bits", "3"], "best")
+    assert command.recipe == Recipe.preset("best", model="m", iters=7, bits=3)
+    other = parse(["other", f"--config={file}"], "light").recipe
+    assert other == Recipe.preset("light", model="other", iters=7, bits=2)
