@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from autoround.errors import UsageError
 from autoround.intel.words import (
     DEPENDENT,
+    FORMATS,
     REFUSED,
     SCHEMES,
     SEVERAL_SCHEMES,
@@ -154,8 +155,11 @@ def _all_but(blocks: object, settings: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _adopt_scheme(settings: dict[str, Any]) -> dict[str, Any]:
-    """A scheme that names a GGUF file type becomes the format; those out of scope are refused."""
+    """A scheme that names a GGUF file type becomes the format; schemes and formats out of scope are refused."""
     name = str(settings.get("scheme", "")).strip().strip("'\"")
+    for each in settings.get("format", ()):
+        if each in FORMATS:
+            raise UsageError(f"format: found {each}; {FORMATS[each]}")
     if name.upper() in SCHEMES:
         raise UsageError(f"scheme: found {name}; {SCHEMES[name.upper()]}")
     if "," in name:

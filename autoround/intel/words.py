@@ -12,7 +12,7 @@ _EVALUATION = (
     "lm_eval --model hf --model_args pretrained=FOLDER --tasks TASKS"
 )
 _MIXED = "not available yet; use --layer_config to give layers bits of their own"
-_ACTIVATIONS = "activations stay in 16 bits; use a scheme that ends in A16"
+_ACTIVATIONS = "activations stay in 16 bits (their quantization is out of scope); use a scheme that ends in A16"
 _DIFFUSION = "diffusion models are out of scope"
 
 
@@ -167,14 +167,12 @@ REFUSED: Mapping[str, str] = MappingProxyType(
 )
 COMMANDS: Mapping[str, str] = MappingProxyType({"eval": _EVALUATION, "list": REFUSED["list"]})
 
-_FLOATS = "weights are stored as integers; use W8A16, W4A16 or a GGUF format"
+_FLOATS = "floating-point weights are out of scope; use W8A16, W4A16 or a GGUF format"
 # Advice -> the schemes it is for, in upper case.
 _SCHEMES: Mapping[str, str] = {
-    f"{_FLOATS} (floating-point weights are out of scope)": (
-        "MXFP4 MXFP6 MXFP8 MXFP4_RCEIL MXFP8_RCEIL MXINT4 NVFP4 NVFP4_E5M3 FPW8A16 FP8_STATIC FP8_BLOCK FP8"
-    ),
-    "activations stay in 16 bits; use W8A16": "INT8 INT8_W8A8 W8A8",
-    "activations stay in 16 bits; use W4A16": "INT4 W4A8 W4A4",
+    _FLOATS: ("MXFP4 MXFP6 MXFP8 MXFP4_RCEIL MXFP8_RCEIL MXINT4 NVFP4 NVFP4_E5M3 FPW8A16 FP8_STATIC FP8_BLOCK FP8"),
+    "activations stay in 16 bits (their quantization is out of scope); use W8A16": "INT8 INT8_W8A8 W8A8",
+    "activations stay in 16 bits (their quantization is out of scope); use W4A16": "INT4 W4A8 W4A4",
     "integer codes have 2, 3, 4 or 8 bits; use W4A16, W8A16, or --format gguf:q5_k_m": "W5A16 W5A16G64 W5A16G32",
     "integer codes have 2, 3, 4 or 8 bits; use W8A16, or --format gguf:q6_k": "W6A16 W6A16G64 W6A16G32",
     "integer codes have 2, 3, 4 or 8 bits; use W8A16": "W7A16 W7A16G64 W7A16G32",
@@ -185,3 +183,10 @@ SCHEMES: Mapping[str, str] = MappingProxyType(
     {name: advice for advice, names in _SCHEMES.items() for name in names.split()}
 )
 SEVERAL_SCHEMES = _MIXED
+# Formats that hold nothing that is made here.
+FORMATS: Mapping[str, str] = MappingProxyType(
+    dict.fromkeys(("mlx", "auto_round:mlx"), "MLX is out of scope; use auto_round, or a GGUF format")
+    | dict.fromkeys(("fp8", "auto_round:fp8"), "floating-point weights are out of scope; use auto_round and W8A16")
+    | dict.fromkeys(("gptq:marlin", "auto_gptq:marlin"), "servers choose the kernel; use auto_gptq")
+    | {"svdquant_nunchaku": _DIFFUSION}
+)
