@@ -11,10 +11,14 @@ from transformers.pytorch_utils import Conv1D
 from autoround import func
 from autoround.convert import QuantizedModel, open_quantized
 from autoround.errors import FormatError, ModelError
+from autoround.evaluate.settings import Access
+from autoround.model.gguf import open_gguf
 from autoround.model.hub import download
 from autoround.model.load import CONFIG, OpenModel, open_model
 from autoround.model.source import StoredNames
 from autoround.spec import QuantSpec
+
+_GGUF_FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 class DequantizedSource(StoredNames):
@@ -54,35 +58,38 @@ class DequantizedSource(StoredNames):
         return weight_OI.mT if isinstance(self._quantized.model.skeleton.get_submodule(path), Conv1D) else weight_OI
 
 
-def open_checkpoint(
-    path: str | Path,
-    *,
-    revision: str | None = None,
-    cache_dir: str | None = None,
-    token: str | None = None,
-    trust_remote_code: bool = False,
-) -> OpenModel:
+def open_checkpoint(path: str | Path, access: Access = Access()) -> OpenModel:  # noqa: B008
     """Open a float or quantized checkpoint; no weight is loaded.
 
     Args:
         path: hub name, folder or ``.gguf`` file; a folder may hold one of these.
-        revision: branch, tag or commit of a hub name.
-        cache_dir: where hub downloads are kept.
-        token: for private hub models.
-        trust_remote_code: run Python code that comes with the model.
+        access: how it is reached.
 
     Raises:
         AutoRoundError: no such checkpoint, one that is damaged, or a layout that this package does not read.
     """
     if (file := gguf_file(Path(path))) is not None:
         return open_model(file)
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        folder = download(str(path), revision=revision, cache_dir=cache_dir, token=token)
+    folder = _folder(path, access)
     if quantization_of(folder):
-        quantized = open_quantized(folder, trust_remote_code=trust_remote_code)
+        quantized = open_quantized(folder, trust_remote_code=access.trust_remote_code)
         return replace(quantized.model, name=str(path), source=DequantizedSource(quantized))
-    return open_model(folder, trust_remote_code=trust_remote_code)
+    return replace(open_model(folder, trust_remote_code=access.trust_remote_code), name=str(path))
+
+
+def is_quantized(path: str | Path, access: Access = Access()) -> bool:  # noqa: B008
+    """Whether a checkpoint's weights are quantized.
+
+    Args:
+        path: hub name, folder or ``.gguf`` file.
+        access: how it is reached.
+
+    Raises:
+        ModelError: no such model.
+    """
+    if (file := gguf_file(Path(path))) is not None:
+        return any(tensor.tensor_type.name not in _GGUF_FLOATS for tensor in open_gguf(file).tensors.values())
+    return bool(quantization_of(_folder(path, access)))
 
 
 def gguf_file(path: Path) -> Path | None:
@@ -107,3 +114,11 @@ def quantization_of(folder: Path) -> str:
     except (OSError, ValueError, AttributeError):
         return ""
     return str(settings.get("quant_method", "unknown")) if isinstance(settings, dict) else ""
+
+
+def _folder(path: str | Path, access: Access) -> Path:
+    """Where a checkpoint is, or comes to when it is downloaded."""
+    folder = Path(path).expanduser()
+    if folder.exists():
+        return folder
+    return download(str(path), revision=access.revision, cache_dir=access.cache_dir, token=access.token)

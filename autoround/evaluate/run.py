@@ -1,0 +1,136 @@
+"""An evaluation from settings to results: built-in measures block by block, then lm-eval's tasks."""
+
+import contextlib
+import gc
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from autoround.backends.base import select
+from autoround.errors import UsageError
+from autoround.evaluate.built_in import FLOAT, BuiltIn, measure_built_in
+from autoround.evaluate.harness import Outcome, Tasks, check_backend, load_tasks, only_progress, open_lm, run_tasks
+from autoround.evaluate.opening import open_checkpoint
+from autoround.evaluate.results import ModelResults, Results
+from autoround.evaluate.settings import Access, Evaluation
+
+
+class Prepared(NamedTuple):
+    """An evaluation whose settings are checked and whose tasks are loaded.
+
+    Attributes:
+        settings: what is measured.
+        built_in: the tasks that are run block by block.
+        tasks: those of lm-eval; None where there are none.
+    """
+
+    settings: Evaluation
+    built_in: tuple[str, ...]
+    tasks: Tasks | None
+
+
+def prepare(settings: Evaluation, *, reference: bool) -> Prepared:
+    """Refuse what cannot work, and load the tasks, before any model is.
+
+    Args:
+        settings: what is measured.
+        reference: whether there will be a float model to compare with.
+
+    Raises:
+        UsageError: kl without one, no such task, or a backend that is not installed.
+        DataError: the data of a task cannot be had.
+    """
+    built_in = settings.built_in(reference=reference)
+    if "kl" in built_in and not reference:
+        raise UsageError("kl: found no float model to compare with; needed one; add --reference MODEL")
+    output = settings.eval_output
+    if output is not None and not Path(output).absolute().parent.is_dir():
+        raise UsageError(f"eval_output: found no folder {Path(output).parent}; needed one that exists")
+    if not settings.lm_eval:
+        return Prepared(settings, built_in, None)
+    check_backend(settings.eval_backend)
+    return Prepared(settings, built_in, load_tasks(settings.lm_eval, settings.include_path))
+
+
+def evaluate(
+    checkpoints: Mapping[str, str | Path],
+    prepared: Prepared,
+    *,
+    reference: str | Path | None = None,
+    access: Access = Access(),  # noqa: B008
+    device_map: str = "auto",
+    tell: Callable[[str], None] | None = None,
+) -> Results:
+    """Measure checkpoints of any layout.
+
+    Args:
+        checkpoints: name -> hub name, folder or GGUF file.
+        prepared: from ``prepare``.
+        reference: the float model.
+        access: how models are reached.
+        device_map: as on the command line.
+        tell: called with a line when something begins; without it no progress is shown.
+
+    Raises:
+        AutoRoundError: a checkpoint that cannot be opened, other vocabularies, or text that cannot be read.
+    """
+    settings, (_, device) = prepared.settings, select(device_map)
+    found = BuiltIn("", {}, {})
+    if prepared.built_in:
+        found = measure_built_in(
+            prepared.built_in,
+            {name: open_checkpoint(path, access) for name, path in checkpoints.items()},
+            settings,
+            reference=None if reference is None else open_checkpoint(reference, access),
+            device=device,
+            tell=tell or _silent,
+        )
+    paths = dict(checkpoints)
+    if reference is not None and settings.scores_float:
+        paths = {FLOAT: reference, **paths}
+    outcomes = {}
+    if prepared.tasks is not None:
+        for name, path in paths.items():
+            outcomes[name] = _run_tasks(name, path, prepared.tasks, settings, access=access, device=device, tell=tell)
+    measures = {
+        name: (*found.measures.get(name, ()), *(outcomes[name].measures if name in outcomes else ()))
+        for name in (FLOAT, *checkpoints)
+    }
+    return Results(
+        models=tuple(
+            ModelResults(name=name, measures=own, worst=found.worst.get(name, ()))
+            for name, own in measures.items()
+            if own or name != FLOAT
+        ),
+        text=found.text,
+        failed={f"{name}, {task}": why for name, each in outcomes.items() for task, why in each.failed.items()},
+        settings=asdict(settings),
+    )
+
+
+def _run_tasks(
+    name: str,
+    path: str | Path,
+    tasks: Tasks,
+    settings: Evaluation,
+    *,
+    access: Access,
+    device: torch.device,
+    tell: Callable[[str], None] | None,
+) -> Outcome:
+    """lm-eval's tasks on one model, which is gone afterwards."""
+    (tell or _silent)(f"evaluation: {', '.join(tasks.loaded)} of {name}")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(only_progress(sys.stderr if tell else stack.enter_context(open(os.devnull, "w"))))
+        outcome = run_tasks(tasks, open_lm(path, settings, access, device), settings, tell=tell or _silent)
+    gc.collect()
+    return outcome
+
+
+def _silent(line: str) -> None:
+    del line
