@@ -25,6 +25,7 @@ from autoround.model.capture import CallTemplate, capture
 from autoround.model.finish import Ending, head_path, mean_square, read_weight
 from autoround.model.load import open_model
 from autoround.model.read import read_block
+from autoround.model.sample import Sampler
 from autoround.plan import FormatRules, Plan, Structure, check_format, check_head
 from autoround.progress import BlockDone, Meter, Progress
 from autoround.recipe import Recipe
@@ -233,7 +234,14 @@ class Run:
 
     def _calibration(self) -> Calibration:
         self._meter.phase("calibration", "reading text")
+        torch.set_num_threads(self._numerics.threads)  # a model that writes rows repeats them with as many
         recipe = self.recipe
+        writer = Sampler(
+            self.model,
+            device=self._device,
+            dtype=self._numerics.torch_dtype,
+            on_progress=lambda done, total: self._meter.phase("calibration", f"writing text: {done} of {total} tokens"),
+        )
         return load_calibration(
             recipe.dataset,
             self.model.tokenizer() if needs_tokenizer(recipe.dataset) else None,
@@ -241,7 +249,7 @@ class Run:
             seqlen=recipe.seqlen,
             batch_size=recipe.batch_size * recipe.gradient_accumulate_steps,
             seed=recipe.seed,
-            vocab_size=self.model.config.get_text_config().vocab_size,
+            writer=writer,
         )
 
     def _open_journal(self, calibration: Calibration | None) -> Journal:

@@ -2,70 +2,51 @@
 
 import itertools
 import random
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+from autoround.data.hub_errors import explain, out_of_reach
+from autoround.data.hub_names import HubName, resolve
 from autoround.data.language import DatasetSpec, did_you_mean
-from autoround.data.records import Document, read_record
+from autoround.data.records import Document, Source, read_record
 from autoround.errors import AutoRoundError, DataError
+from autoround.log import LOGGER
 
-OFFLINE = "to go on offline, give --dataset python-docs or a local file"
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TIMEOUT_SECONDS = 10
+_SCRIPT = "Dataset scripts are no longer supported"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HubName:
-    """Where a dataset lies on the hub and what is usually read of it; ``stream`` marks those too big to download."""
+class _Opened(NamedTuple):
+    """A dataset whose splits are known.
 
-    repo: str
-    config: str | None = None
-    split: str | None = None
-    stream: bool = False
-
-
-SHORT_NAMES: Mapping[str, HubName] = MappingProxyType(
-    {
-        "pile-10k": HubName(repo="NeelNanda/pile-10k"),
-        "pile-val-backup": HubName(repo="mit-han-lab/pile-val-backup", split="validation"),
-        "c4": HubName(repo="allenai/c4", config="en", stream=True),
-        "cci3-hq": HubName(repo="BAAI/CCI3-HQ", stream=True),
-        "fineweb-edu": HubName(repo="HuggingFaceFW/fineweb-edu", config="sample-10BT", stream=True),
-        "github-code-clean": HubName(repo="codeparrot/github-code-clean", stream=True),
-        "mbpp": HubName(repo="google-research-datasets/mbpp", config="full"),
-        "new-title-chinese": HubName(repo="madao33/new-title-chinese"),
-        "opencode-instruct": HubName(repo="nvidia/OpenCodeInstruct", stream=True),
-        "ultra-fineweb": HubName(repo="openbmb/Ultra-FineWeb", split="en", stream=True),
-        "ultrachat_200k": HubName(repo="HuggingFaceH4/ultrachat_200k", split="train_sft"),
-        "wikitext": HubName(repo="Salesforce/wikitext", config="wikitext-2-raw-v1"),
-    }
-)
-"""Well-known datasets by short name; any other ``org/name`` works as well."""
-
-
-def resolve(name: str) -> HubName:
-    """Return the hub place of a short name or ``org/name``, in any case.
-
-    Raises:
-        DataError: the text cannot be the name of a hub dataset.
+    Attributes:
+        target: which one.
+        catalog: its splits by name: streams where the hub answers.
+        splits: those to read.
+        files: what ``load_dataset`` needs beside the name; empty for all but former scripts.
+        cached: why the cache alone is read; empty where the hub answers.
     """
-    by_name = {short.casefold(): known for short, known in SHORT_NAMES.items()}
-    by_name |= {known.repo.casefold(): known for known in SHORT_NAMES.values()}
-    if name.casefold() in by_name:
-        return by_name[name.casefold()]
-    if not _REPO.fullmatch(name):
-        raise DataError(f"dataset {name!r}: found neither a file of that name nor a hub name (org/name); {OFFLINE}")
-    return HubName(repo=name)
+
+    target: HubName
+    catalog: Mapping[str, Any]
+    splits: tuple[str, ...]
+    files: Mapping[str, list[str]]
+    cached: str
+
+    def whole(self, split: str) -> Any:
+        """All rows of some splits, joined by ``+``."""
+        if self.cached:
+            return _from_cache(self.target).as_dataset(split=split)
+        return _load(self.target, self.files, streaming=False, split=split)
 
 
-def hub_documents(spec: DatasetSpec, *, rng: random.Random, rows: int) -> Iterator[Document]:
-    """Yield the documents of a hub dataset in an order drawn from ``rng``.
+def hub_source(spec: DatasetSpec, *, rng: random.Random, rows: int) -> Source:
+    """Open a dataset of the hub; its documents come in an order drawn from ``rng``.
 
     A dataset with ``num`` is streamed: windows of max(1024, 8 * rows) documents are read and shuffled one after
-    another. Without ``num`` it is downloaded to the cache and shuffled whole.
+    another. Without ``num`` it is downloaded to the cache and shuffled whole. Offline, and with a warning where the
+    hub is out of reach, the cache alone is read.
 
     Args:
         spec: which dataset, configuration, splits and column.
@@ -73,20 +54,20 @@ def hub_documents(spec: DatasetSpec, *, rng: random.Random, rows: int) -> Iterat
         rows: rows wanted, the measure of a streaming window.
 
     Raises:
-        DataError: the hub is out of reach, the dataset, configuration or split unknown or not allowed, or a record
-            without text; the message says how to go on offline.
+        DataError: no such dataset, configuration or split, none that this login may read, neither hub nor copy in the
+            cache, or, while documents are read, one without text; the message says how to go on offline.
     """
-    import pyarrow as pa
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the client that the hub library uses
-
     target = resolve(spec.name)
-    try:
-        yield from _documents(spec, target, rng=rng, rows=rows)
-    except AutoRoundError:
-        raise
-    except (HTTPError, DatasetsError, OSError, RuntimeError, ValueError, pa.ArrowException) as error:
-        raise DataError(f"dataset {spec.name!r}: {_explain(spec.name, error)}") from error
+    cached = _why_cached(spec.name, target.repo)
+    with _explained(spec.name, cached):
+        opened = _open(spec, target._replace(config=spec.config or target.config), cached)
+    sliced = any("[" in split for split in opened.splits)
+    streamed = (spec.num is not None or target.stream) and not cached and not sliced
+    read = _streamed(opened, spec, rng=rng, rows=rows) if streamed else _whole(opened, spec, rng=rng)
+    parts = [f"hub dataset {target.repo}", *([f"config {opened.target.config}"] if opened.target.config else [])]
+    parts += [f"split {'+'.join(opened.splits)}", *(["streamed"] if streamed else [])]
+    parts += ["from the cache alone"] if cached else []
+    return Source(", ".join(parts), _guarded(read, spec.name, cached))
 
 
 def windows(documents: Iterator[Document], *, rng: random.Random, size: int) -> Iterator[Document]:
@@ -96,36 +77,73 @@ def windows(documents: Iterator[Document], *, rng: random.Random, size: int) -> 
         yield from window
 
 
-def _documents(spec: DatasetSpec, target: HubName, *, rng: random.Random, rows: int) -> Iterator[Document]:
+def _why_cached(name: str, repo: str) -> str:
+    """Asks the hub once and shortly, so that a machine without network does not wait for the library's retries."""
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the client that the hub library uses
+
+    cached = "no network allowed (offline)" if datasets.config.HF_HUB_OFFLINE else ""
+    with _explained(name, ""):
+        try:
+            if not cached:
+                HfApi().dataset_info(repo, timeout=_TIMEOUT_SECONDS)
+        except (HTTPError, OSError) as error:
+            if not out_of_reach(error):
+                raise
+            cached = "the hub out of reach"
+    if cached:
+        LOGGER.warning("dataset %r: found %s; reads the copy in the cache as it is", name, cached)
+    return cached
+
+
+def _open(spec: DatasetSpec, target: HubName, cached: str) -> _Opened:
+    files: Mapping[str, list[str]] = {}
+    try:
+        catalog = _from_cache(target).info.splits if cached else _load(target, files, streaming=True)
+    except RuntimeError as error:
+        if _SCRIPT not in str(error):
+            raise
+        target, files = target._replace(config=None), _parquet_files(spec, target.repo)
+        catalog = _load(target, files, streaming=True)
+    return _Opened(target, catalog, _splits(spec, target, list(catalog)), files, cached)
+
+
+def _load(target: HubName, files: Mapping[str, list[str]], *, streaming: bool, split: str | None = None) -> Any:
     import datasets
 
-    offline = bool(datasets.config.HF_HUB_OFFLINE)
-    if not offline:
-        _check_reachable(target.repo)
-    config = spec.config or target.config
-    catalog = datasets.load_dataset(target.repo, config, streaming=not offline)  # streaming: only lists the splits
-    splits = _splits(spec, target, list(catalog))
-    sliced = any("[" in split for split in splits)
-    if (spec.num is not None or target.stream) and not offline and not sliced:
-        streams = [_read(catalog[split], where=f"{spec.name} [{split}]", column=spec.column) for split in splits]
-        yield from windows(_alternate(streams), rng=rng, size=max(1024, 8 * rows))
-        return
-    whole = datasets.load_dataset(target.repo, config, split="+".join(splits))
-    order = list(range(len(whole)))
-    rng.shuffle(order)
-    for row in order:
-        yield read_record(whole[row], where=f"{spec.name} [{'+'.join(splits)}], row {row + 1}", column=spec.column)
+    if files:
+        return datasets.load_dataset("parquet", data_files=dict(files), streaming=streaming, split=split)
+    return datasets.load_dataset(target.repo, target.config, streaming=streaming, split=split)
 
 
-def _check_reachable(repo: str) -> None:
-    """One quick request, so that a machine without network fails in seconds, not after the library's retries."""
+def _from_cache(target: HubName) -> Any:
+    """What ``load_dataset`` falls back to in the end, without its attempts to reach the hub before."""
+    from datasets.packaged_modules.cache.cache import Cache
+
+    name = target.repo.rpartition("/")[2]
+    return Cache(repo_id=target.repo, dataset_name=name, config_name=target.config, version="auto", hash="auto")
+
+
+def _parquet_files(spec: DatasetSpec, repo: str) -> dict[str, list[str]]:
+    """The files of a dataset whose script no longer runs, by split: ``data/train-00000-of-00002.parquet`` …"""
     from huggingface_hub import HfApi
 
-    HfApi().dataset_info(repo, timeout=_TIMEOUT_SECONDS)
+    found: dict[str, list[str]] = {}
+    for file in sorted(HfApi().list_repo_files(repo, repo_type="dataset")):
+        name, dot, suffix = file.rpartition("/")[2].rpartition(".")
+        if dot and suffix == "parquet":
+            found.setdefault(name.partition("-")[0], []).append(f"hf://datasets/{repo}/{file}")
+    if not found or spec.config:
+        raise DataError(
+            f"dataset {spec.name!r}: found a Python script, which is not run; needed data files"
+            + ("; drop config=, which the script defines" if found else "; look for a copy in parquet")
+        )
+    return found
 
 
-def _splits(spec: DatasetSpec, target: HubName, available: list[str]) -> list[str]:
-    """The splits asked for, checked; else the dataset's usual one, ``train``, or the first."""
+def _splits(spec: DatasetSpec, target: HubName, available: list[str]) -> tuple[str, ...]:
+    """The splits asked for, checked; else the dataset's usual ones, ``train``, or the first."""
     for asked in spec.split or ():
         base = asked.partition("[")[0]
         if base not in available:
@@ -134,13 +152,34 @@ def _splits(spec: DatasetSpec, target: HubName, available: list[str]) -> list[st
                 f"dataset {spec.name!r}: found no split {base!r}; needed one of {', '.join(available)}{hint}"
             )
     if spec.split:
-        return list(spec.split)
-    return [next((name for name in (target.split, "train") if name in available), available[0])]
+        return spec.split
+    usual = [name for name in target.splits if name in available]
+    return tuple(usual) or (("train",) if "train" in available else (available[0],))
 
 
-def _read(rows: Iterable[Mapping[str, Any]], *, where: str, column: str | None) -> Iterator[Document]:
+def _streamed(opened: _Opened, spec: DatasetSpec, *, rng: random.Random, rows: int) -> Iterator[Document]:
+    streams = [_read(opened.catalog[split], opened.target, spec, split) for split in opened.splits]
+    return windows(_alternate(streams), rng=rng, size=max(1024, 8 * rows))
+
+
+def _whole(opened: _Opened, spec: DatasetSpec, *, rng: random.Random) -> Iterator[Document]:
+    split = "+".join(opened.splits)
+    whole = opened.whole(split)
+    order = list(range(len(whole)))
+    rng.shuffle(order)
+    for row in order:
+        yield _document(whole[row], opened.target, spec, f"{spec.name} [{split}], row {row + 1}")
+
+
+def _read(rows: Iterable[Mapping[str, Any]], target: HubName, spec: DatasetSpec, split: str) -> Iterator[Document]:
     for number, row in enumerate(rows, 1):
-        yield read_record(row, where=f"{where}, row {number}", column=column)
+        yield _document(row, target, spec, f"{spec.name} [{split}], row {number}")
+
+
+def _document(row: Mapping[str, Any], target: HubName, spec: DatasetSpec, where: str) -> Document:
+    if target.pair and spec.column is None:
+        row = dict(zip(("input", "output"), (row[column] for column in target.pair), strict=True))
+    return read_record(row, where=where, column=spec.column)
 
 
 def _alternate(streams: list[Iterator[Document]]) -> Iterator[Document]:
@@ -154,22 +193,21 @@ def _alternate(streams: list[Iterator[Document]]) -> Iterator[Document]:
         streams = alive
 
 
-def _explain(name: str, error: Exception) -> str:
-    """What was found and the next step, in one line."""
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, RepositoryNotFoundError  # type: ignore[attr-defined]
+def _guarded(documents: Iterator[Document], name: str, cached: str) -> Iterator[Document]:
+    with _explained(name, cached):
+        yield from documents
 
-    cause = error.__cause__ or error
-    line = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-    log_in = "log in with `hf auth login` or HF_TOKEN"
-    if isinstance(error, (GatedRepoError, DatasetNotFoundError)):
-        return f"found a gated dataset that this login may not read; ask for access on its page and {log_in}"
-    if isinstance(error, RepositoryNotFoundError):
-        hint = "" if "/" in name else did_you_mean(name, [*SHORT_NAMES, "python-docs"])
-        return (
-            f"found no dataset of that name on the hub, or a private one{hint}; check the name or {log_in}; {OFFLINE}"
-        )
-    if isinstance(error, (HTTPError, ConnectionError, TimeoutError)) and not isinstance(error, HfHubHTTPError):
-        cached = "set HF_HUB_OFFLINE=1 to use a copy in the cache"
-        return f"found the hub out of reach ({line}); check the network, or {cached}; {OFFLINE}"
-    return f"found data that cannot be read ({line}); check config= and split=, or the files on its page"
+
+@contextmanager
+def _explained(name: str, cached: str) -> Iterator[None]:
+    """Errors of the client libraries as one of ours."""
+    import pyarrow as pa
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the client that the hub library uses
+
+    try:
+        yield
+    except AutoRoundError:
+        raise
+    except (HTTPError, DatasetsError, OSError, RuntimeError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"dataset {name!r}: {explain(name, error, cached=cached)}") from error

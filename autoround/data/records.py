@@ -1,8 +1,8 @@
 """One record of a file or hub dataset -> one document: a text, or a chat as a list of messages. Torch-free."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from autoround.data.language import did_you_mean
 from autoround.errors import DataError
@@ -10,6 +10,14 @@ from autoround.errors import DataError
 Message: TypeAlias = dict[str, str]
 Chat: TypeAlias = list[Message]
 Document: TypeAlias = str | Chat
+
+
+class Source(NamedTuple):
+    """Documents, and in words where they come from."""
+
+    origin: str
+    documents: Iterator[Document]
+
 
 TEXT_KEYS = ("text", "content", "document", "markdown", "body", "code", "sentence")
 CHAT_KEYS = ("messages", "conversations", "conversation")

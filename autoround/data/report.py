@@ -16,6 +16,7 @@ class SourceReport:
         tokens_cut: tokens read and left out: beyond a row of their own, or in a last row too short to keep.
         rows: rows made.
         rows_asked: rows that were this source's share.
+        origin: in words where the documents come from; empty for data passed in.
     """
 
     name: str
@@ -26,6 +27,7 @@ class SourceReport:
     tokens_cut: int
     rows: int
     rows_asked: int
+    origin: str = ""
 
     def __str__(self) -> str:
         dropped = "".join(f", {count} dropped ({reason})" for reason, count in self.dropped)

@@ -1,5 +1,6 @@
 """Calibration data of any kind -> one tensor of token rows with its mask. Dims: N rows, T tokens in a row."""
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,8 @@ from autoround.data.language import DatasetSpec, parse_specs
 from autoround.data.packing import Row, RowRequest, pack_rows, row_per_document
 from autoround.data.records import Document, read_record
 from autoround.data.report import CalibrationReport, SourceReport
-from autoround.data.sources import documents
+from autoround.data.sources import open_source
+from autoround.data.written import SELF, Writer, written_rows
 from autoround.errors import DataError, UsageError
 from autoround.log import LOGGER
 
@@ -48,6 +50,7 @@ class _Job(NamedTuple):
     seqlen: int
     seed: int
     vocab_size: int
+    writer: Writer | None
 
 
 def load_calibration(
@@ -58,7 +61,7 @@ def load_calibration(
     seqlen: int,
     batch_size: int,
     seed: int,
-    vocab_size: int | None = None,
+    writer: Writer | None = None,
 ) -> Calibration:
     """Read, shuffle, tokenize and pack calibration data; equal arguments and data give equal rows.
 
@@ -73,7 +76,8 @@ def load_calibration(
         seqlen: tokens in a row; rows of ids that are all shorter give rows as long as the longest.
         batch_size: rows of one tuning step; fewer rows than this (or than nsamples, if smaller) are an error.
         seed: of the order of documents and rows.
-        vocab_size: ids allowed; that of the tokenizer if None.
+        writer: the model to be quantized: it says which ids are allowed, and writes the rows of the source ``self``;
+            without it the tokenizer's vocabulary is allowed.
 
     Raises:
         UsageError: malformed mini-language, or more items than rows.
@@ -86,9 +90,7 @@ def load_calibration(
         raise DataError(
             "dataset: found text and no tokenizer; needed the model's own; pass tokenizer=, or rows of token ids"
         )
-    if vocab_size is None:
-        vocab_size = 2**31 if tokenizer is None else 1 + max(tokenizer.get_vocab().values(), default=-1)
-    job = _Job(tokenizer, nsamples, seqlen, seed, vocab_size)
+    job = _Job(tokenizer, nsamples, seqlen, seed, _vocab_size(tokenizer, writer), writer)
     rows, reports, width = _read(DEFAULT_DATASET if dataset is None else dataset, job)
     report = CalibrationReport(sources=tuple(reports), nsamples=nsamples, seqlen=seqlen)
     if len(rows) < min(batch_size, nsamples):
@@ -173,8 +175,14 @@ def _from_specs(specs: Sequence[DatasetSpec], job: _Job) -> tuple[list[Row], lis
     reports: list[SourceReport] = []
     shares = share_rows([spec.num for spec in specs], job.nsamples)
     for index, (spec, share) in enumerate(zip(specs, shares, strict=True)):
-        rng = random.Random(f"{job.seed}:{index}")
-        made, report = _rows_of(documents(spec, rng=rng, rows=share), spec, share, job=job)
+        seed = f"{job.seed}:{index}"
+        if spec.name == SELF:
+            assert job.tokenizer is not None, "text needs a tokenizer"
+            made, report = written_rows(spec, job.writer, job.tokenizer, rows=share, tokens=job.seqlen, seed=seed)
+        else:
+            source = open_source(spec, rng=random.Random(seed), rows=share)
+            made, report = _rows_of(source.documents, spec, share, job=job)
+            report = dataclasses.replace(report, origin=source.origin)
         rows += made
         reports.append(report)
     return rows, reports, job.seqlen
@@ -201,8 +209,29 @@ def _rows_of(found: Iterable[Document], spec: DatasetSpec, share: int, *, job: _
         rows, report = row_per_document(encoded, request, prefix=specials.prefix)
     else:
         rows, report = pack_rows(encoded, request, specials=specials)
+    if not rows:
+        raise _too_little(report, job.seqlen)
     _check_vocabulary(rows, job.vocab_size, where=f"dataset {spec.name!r}, row ")
     return rows, report
+
+
+def _too_little(report: SourceReport, seqlen: int) -> DataError:
+    """A source that gives no row is an error, also beside others."""
+    where = f"dataset {report.name!r}"
+    if not report.documents:
+        return DataError(f"{where}: found no documents; needed some text; check the file or its split")
+    if not report.tokens_cut:
+        return DataError(f"{where}: found no text in {report.documents} documents; needed some; check column=")
+    return DataError(
+        f"{where}: found {report.tokens_cut} tokens; needed {max(1, seqlen // 4)}, a quarter of a row; "
+        "give more text or lower seqlen"
+    )
+
+
+def _vocab_size(tokenizer: "PreTrainedTokenizerBase | None", writer: Writer | None) -> int:
+    if writer is not None:
+        return writer.vocab_size
+    return 2**31 if tokenizer is None else 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 
 def _from_ids(ids: list[Row], job: _Job) -> tuple[list[Row], list[SourceReport], int]:

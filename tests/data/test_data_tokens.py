@@ -14,7 +14,7 @@ from autoround.data.packing import RowRequest, pack_rows, row_per_document
 from autoround.data.sources import held_out
 from autoround.data.tokens import Dataset, load_calibration, share_rows
 from autoround.errors import AutoRoundError, DataError, UsageError
-from tests.data.words import BOS, EOS, TEMPLATE, load, make_tokenizer, words, write_records
+from tests.data.words import BOS, EOS, TEMPLATE, StubWriter, load, make_tokenizer, words, write_records
 
 DOCUMENTS = st.lists(st.lists(st.integers(10, 99), max_size=30), max_size=30)
 PREFIXES = st.sampled_from([(), (BOS,), (BOS, 5)])
@@ -196,10 +196,9 @@ class TestPythonData:
             load(dataset, make_tokenizer())
 
     def test_the_vocabulary_of_the_model(self) -> None:
-        settings = {"nsamples": 1, "seqlen": 4, "batch_size": 1, "seed": 0}
         with pytest.raises(DataError, match="found token id 9; needed 0 to 8"):
-            load_calibration([words(9)], make_tokenizer(), vocab_size=9, **settings)
-        assert load_calibration([[2000]], make_tokenizer(), vocab_size=2001, **settings).report.rows == 1
+            load([words(9)], make_tokenizer(), nsamples=1, seqlen=4, writer=StubWriter(9))
+        assert load([[2000]], make_tokenizer(), nsamples=1, seqlen=4, writer=StubWriter(2001)).report.rows == 1
 
 
 @pytest.mark.parametrize(

@@ -36,11 +36,33 @@ def words(count: int, first: int = 0) -> str:
     return " ".join(f"w{(first + index) % 1000}" for index in range(count))
 
 
+class StubWriter:
+    """A model that writes its first ids, the row's number and the seed; keeps what it was asked."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.asked: list[tuple[Sequence[int], Sequence[int], Sequence[int], str]] = []
+
+    def sample(
+        self, rows: int, tokens: int, *, prefix: Sequence[int], firsts: Sequence[int], ends: Sequence[int], seed: str
+    ) -> list[list[int]]:
+        self.asked.append((prefix, firsts, ends, seed))
+        return [[*prefix, row, *range(7, 7 + tokens - 1 - len(prefix))] for row in range(rows)]
+
+
 def load(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerFast, *, nsamples: int = 4, seqlen: int = 16, batch_size: int = 1
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    nsamples: int = 4,
+    seqlen: int = 16,
+    batch_size: int = 1,
+    writer: StubWriter | None = None,
 ) -> Calibration:
     """Load with small defaults."""
-    return load_calibration(dataset, tokenizer, nsamples=nsamples, seqlen=seqlen, batch_size=batch_size, seed=7)
+    return load_calibration(
+        dataset, tokenizer, nsamples=nsamples, seqlen=seqlen, batch_size=batch_size, seed=7, writer=writer
+    )
 
 
 def write_records(path: Path, key: str, values: Sequence[object]) -> str:
