@@ -1,6 +1,9 @@
 """``AutoRound`` as Intel's users call it: tiny models in memory and on disk, every kind of dataset, their arguments."""
 
+import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from autoround.errors import UsageError
 from autoround.intel.api import AutoRound, Result
 from autoround.intel.batches import rows
 from autoround.recipe import Recipe
+from tests.clients.environments import client_python
 from tests.data.words import make_tokenizer, words
 from tests.engine import small
 
@@ -152,7 +156,7 @@ def test_what_means_nothing_here_is_told(caplog: pytest.LogCaptureFixture) -> No
     [
         ({"enable_quanted_input": False}, UsageError, "--disable_quanted_input: not available: each block is tuned on"),
         ({"act_bits": 8}, UsageError, "--act_bits: found 8; needed 16 or 32: activations stay in 16 bits"),
-        ({"scheme": "NVFP4"}, UsageError, "scheme: found NVFP4; weights are stored as integers"),
+        ({"scheme": "NVFP4"}, UsageError, "scheme: found NVFP4; floating-point weights are out of scope"),
         ({"bits": 5}, UsageError, "bits: found 5; needed one of 2, 3, 4, 8"),
         ({"model_free": True, "iters": 9}, UsageError, "--model_free: found iters 9 beside it; needed 0"),
         ({"itres": 9}, TypeError, r"AutoRound\(\) got an unexpected keyword argument 'itres'; did you mean 'iters'"),
@@ -174,3 +178,32 @@ def test_a_pair_is_two() -> None:
 
 def test_it_is_a_public_name() -> None:
     assert autoround.AutoRound is AutoRound
+
+
+@pytest.mark.clients
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["autoround", "auto_round"])
+def test_both_packages_in_one_process(first: str, tmp_path: Path) -> None:
+    python = client_python("auto-round")
+    if not python.is_file():
+        pytest.skip("no environment of auto-round; see tests/clients/environments.py")
+    (site,) = python.parents[1].glob("lib/python*/site-packages")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.beside_auto_round", str(site), first, str(tmp_path)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "autoround.load of autoround": "autoround",
+        "autoround.load of auto_round": "autoround",
+        "transformers' of autoround": "auto_round_extension",
+        "transformers' of auto_round": "auto_round_extension",
+    }
+
+
+def test_only_named_blocks_are_quantized() -> None:
+    blocks = AutoRound(small.make(), dataset=IDS, **TINY, to_quant_block_names="model.layers.1")
+    assert {path.split(".")[2] for path in autoround.quantize(small.make(), blocks.recipe).plan.specs} == {"1"}
