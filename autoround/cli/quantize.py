@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from autoround import config
+from autoround.cli import evaluate
 from autoround.cli.commands import SUBCOMMANDS
 from autoround.cli.grammar import SWITCHES, Grammar
 from autoround.data.language import parse_specs
 from autoround.errors import UsageError
+from autoround.evaluate.settings import Evaluation
 from autoround.options import option, settings_of
 from autoround.plan import Plan, check_head
 from autoround.progress import BlockDone, Progress
@@ -66,9 +68,17 @@ class Files:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """What the user asked for."""
+    """What the user asked for.
+
+    Attributes:
+        recipe: how to quantize.
+        quantizes: whether anything was said about that beyond the model and the device.
+        evaluation: what to measure afterwards, or at once of a model that is quantized already.
+    """
 
     recipe: Recipe
+    quantizes: bool = True
+    evaluation: Evaluation = Evaluation()  # noqa: RUF009
     dry_run: bool = False
     quiet: bool = False
     debug: bool = False
@@ -93,7 +103,7 @@ def grammar(preset: str) -> Grammar:
         epilog=EPILOG + others,
         positional=("MODEL", "the same as --model"),
         needed="one model",
-        settings=settings_of(Recipe) | settings_of(Files),
+        settings=settings_of(Recipe) | settings_of(Evaluation) | settings_of(Files),
         defaults=PRESETS[preset],
         switches=tuple(SWITCHES),
     )
@@ -121,7 +131,12 @@ def parse(words: Sequence[str], preset: str) -> Command:
     if not settings.get("model"):
         raise UsageError(f"model: found none; needed a hub name, folder or .gguf file; try {program(preset)} --help")
     switches = {name: values[name] for name in SWITCHES if name in values}
-    return Command(recipe=Recipe.preset(preset, **settings), **switches)
+    return Command(
+        recipe=Recipe.preset(preset, **settings),
+        quantizes=preset != "default" or not set(settings) <= set(evaluate.MODEL),
+        evaluation=evaluate.evaluation_of(values),
+        **switches,
+    )
 
 
 def check(recipe: Recipe) -> None:
@@ -150,18 +165,27 @@ def run(command: Command, quantize: Quantize | None = None) -> str:
     Raises:
         AutoRoundError: it cannot be done.
     """
+    recipe, evaluation, quiet = command.recipe, command.evaluation, command.quiet
+    check(recipe)
     from autoround.cli.display import display, logged
     from autoround.cli.show import show_plan
 
-    recipe = command.recipe
-    check(recipe)
     engine = quantize or _engine()
     with display(sys.stderr) as screen, logged(screen.note, debug=command.debug):
+        if evaluation.wanted and not command.quantizes and evaluate.is_quantized(recipe):
+            return evaluate.evaluate_model(recipe, evaluation, screen, quiet=quiet)
+        measured = evaluation.wanted and not command.dry_run
+        prepared = evaluate.prepare(evaluation, reference=True) if measured else None
         told = None if command.dry_run or command.quiet else screen.update
         runs = engine(recipe.model, recipe, on_progress=told)
         if command.dry_run:
             return "\n\n".join(show_plan(run.plan, _name(run, runs)) for run in runs)
-        return "\n".join(str(folder) for run in runs for folder in _finish(run, screen, quiet=command.quiet))
+        folders = [folder for run in runs for folder in _finish(run, screen, quiet=quiet)]
+        written = "\n".join(map(str, folders))
+        if prepared is None:
+            return written
+        screen.note(f"written, and now measured: {', '.join(map(str, folders))}")
+        return f"{written}\n\n{evaluate.evaluate_run(folders, prepared, recipe, screen, quiet=quiet)}"
 
 
 def _engine() -> Quantize:

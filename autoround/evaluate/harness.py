@@ -221,6 +221,7 @@ def _open_vllm(path: str | Path, settings: Evaluation, access: Access, bos: bool
         raise UsageError(f"eval_backend: found vllm for {file}; needed a folder of safetensors; use --eval_backend hf")
     try:
         from lm_eval.models.vllm_causallms import VLLM  # type: ignore[import-untyped]
+        from lm_eval.utils import simple_parse_args_string  # type: ignore[import-untyped]
     except (ImportError, AttributeError) as error:
         raise UsageError(
             f"eval_backend: found a vllm that lm-eval cannot use ({_line(error)}); needed one that fits; "
@@ -234,6 +235,7 @@ def _open_vllm(path: str | Path, settings: Evaluation, access: Access, bos: bool
             batch_size=settings.eval_bs,
             add_bos_token=bos,
             trust_remote_code=access.trust_remote_code,
+            **simple_parse_args_string(settings.vllm_args),
         )
     except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
         raise ModelError(f"{path}: vLLM refuses it: {_line(error)}; use --eval_backend hf") from error

@@ -70,7 +70,7 @@ def open_checkpoint(path: str | Path, access: Access = Access()) -> OpenModel:  
     """
     if (file := gguf_file(Path(path))) is not None:
         return open_model(file)
-    folder = _folder(path, access)
+    folder = locate(path, access)
     if quantization_of(folder):
         quantized = open_quantized(folder, trust_remote_code=access.trust_remote_code)
         return replace(quantized.model, name=str(path), source=DequantizedSource(quantized))
@@ -89,7 +89,23 @@ def is_quantized(path: str | Path, access: Access = Access()) -> bool:  # noqa: 
     """
     if (file := gguf_file(Path(path))) is not None:
         return any(tensor.tensor_type.name not in _GGUF_FLOATS for tensor in open_gguf(file).tensors.values())
-    return bool(quantization_of(_folder(path, access)))
+    return bool(quantization_of(locate(path, access)))
+
+
+def locate(path: str | Path, access: Access = Access()) -> Path:  # noqa: B008
+    """Where a checkpoint is, or comes to when it is downloaded.
+
+    Args:
+        path: hub name, folder or file.
+        access: how it is reached.
+
+    Raises:
+        ModelError: there is no such checkpoint, here or on the hub.
+    """
+    folder = Path(path).expanduser()
+    if folder.exists():
+        return folder
+    return download(str(path), revision=access.revision, cache_dir=access.cache_dir, token=access.token)
 
 
 def gguf_file(path: Path) -> Path | None:
@@ -114,11 +130,3 @@ def quantization_of(folder: Path) -> str:
     except (OSError, ValueError, AttributeError):
         return ""
     return str(settings.get("quant_method", "unknown")) if isinstance(settings, dict) else ""
-
-
-def _folder(path: str | Path, access: Access) -> Path:
-    """Where a checkpoint is, or comes to when it is downloaded."""
-    folder = Path(path).expanduser()
-    if folder.exists():
-        return folder
-    return download(str(path), revision=access.revision, cache_dir=access.cache_dir, token=access.token)

@@ -75,12 +75,14 @@ class Results:
 
     Attributes:
         models: the float model first, if it was evaluated.
+        reference: the float model that others are compared with; empty where there is none.
         text: what kl and perplexity were measured on; empty without them.
         failed: "model, task" -> why, of tasks that did not finish.
         settings: all that were set.
     """
 
     models: tuple[ModelResults, ...]
+    reference: str = ""
     text: str = ""
     failed: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -114,6 +116,7 @@ class Results:
         """Everything, with numbers in full."""
         return json.dumps(
             {
+                "reference": self.reference,
                 "text": self.text,
                 "models": {
                     model.name: {

@@ -107,6 +107,7 @@ def evaluate(
             for name, own in measures.items()
             if own or name != FLOAT
         ),
+        reference=str(reference or ""),
         text=found.text,
         failed={f"{name}, {task}": why for name, each in outcomes.items() for task, why in each.failed.items()},
         settings=asdict(settings),

@@ -49,7 +49,9 @@ class Evaluation:
         off_flags=("no_eval_float",))
     eval_backend: Literal["hf", "vllm"] = option(
         "hf", "what runs lm-eval's tasks", "evaluation", choices=("hf", "vllm"))
-    eval_bs: int = option(8, "rows in a forward", "evaluation", "eval_batch_size")
+    vllm_args: str | None = option(
+        None, "settings of vLLM, as tensor_parallel_size=2,gpu_memory_utilization=0.8", "evaluation")
+    eval_bs: int = option(8, "rows in a forward", "evaluation")
     eval_model_dtype: str | None = option(
         None, "dtype to compute in; float32 for kl and perplexity, else the checkpoint's own when unset", "evaluation",
         choices=tuple(SCALE_DTYPES))
@@ -76,6 +78,8 @@ class Evaluation:
                 raise UsageError(f"{name}: found {value}; needed at least {least}")
         if self.limit is not None and not 0 < self.limit < math.inf:
             raise UsageError(f"limit: found {self.limit}; needed a positive number")
+        if self.vllm_args is not None and self.eval_backend != "vllm":
+            raise UsageError("vllm_args: found settings of vLLM; needed --eval_backend vllm; add it, or leave them out")
         object.__setattr__(self, "tasks", _names(self.tasks))
         check_choices(self)
         parse_specs(self.eval_dataset)

@@ -7,10 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-_EVALUATION = (
-    "evaluation is not available yet; write --format fake and run "
-    "lm_eval --model hf --model_args pretrained=FOLDER --tasks TASKS"
-)
+_EVALUATION = "not available; run lm_eval itself on a folder of the format fake"
 _MIXED = "not available yet; use --layer_config to give layers bits of their own"
 _ACTIVATIONS = "activations stay in 16 bits (their quantization is out of scope); use a scheme that ends in A16"
 _DIFFUSION = "diffusion models are out of scope"
@@ -157,15 +154,12 @@ _REFUSED: Mapping[str, str] = {
         "calib_num_inference_steps diffusion_tuning_cache_size generator_seed"
     ),
     "auto-round --help lists every flag and what it takes": "list",
-    _EVALUATION: (
-        "eval tasks task eval_bs limit num_fewshot eval_gen_kwargs fewshot_as_multiturn eval_task_by_task "
-        "eval_backend vllm_args eval_model_dtype add_bos_token lmms"
-    ),
+    _EVALUATION: "eval_gen_kwargs fewshot_as_multiturn lmms",
 }
 REFUSED: Mapping[str, str] = MappingProxyType(
     {flag: advice for advice, flags in _REFUSED.items() for flag in flags.split()}
 )
-COMMANDS: Mapping[str, str] = MappingProxyType({"eval": _EVALUATION, "list": REFUSED["list"]})
+COMMANDS: Mapping[str, str] = MappingProxyType({"list": REFUSED["list"]})
 
 _FLOATS = "floating-point weights are out of scope; use W8A16, W4A16 or a GGUF format"
 # Advice -> the schemes it is for, in upper case.

@@ -1,0 +1,124 @@
+"""``auto-round eval``: measures of a checkpoint of any layout; and of what a run wrote, for ``auto-round --eval``."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoround.cli.grammar import Grammar
+from autoround.errors import UsageError
+from autoround.evaluate.settings import Access, Evaluation
+from autoround.options import settings_of
+from autoround.recipe import Recipe
+
+if TYPE_CHECKING:
+    from autoround.cli.display import Display
+    from autoround.evaluate.run import Prepared
+
+MODEL = ("model", "revision", "cache_dir", "token", "trust_remote_code", "device_map")
+GRAMMAR = Grammar(
+    program="auto-round eval",
+    usage="PATH [--tasks LIST] [--reference MODEL] [flags]",
+    description="Measure a model: one of this package's folders, a GGUF file, or any float model.",
+    epilog="""\
+examples:
+  auto-round eval out --reference Qwen/Qwen3-0.6B
+  auto-round eval out --tasks mmlu,lambada_openai --limit 100 --eval_output out.json
+  auto-round eval model-Q4_K_M.gguf --reference ./model --tasks kl,python_docs_cloze
+""",
+    positional=("PATH", "the same as --model"),
+    needed="one model",
+    settings={
+        **{name: setting for name, setting in settings_of(Recipe).items() if name in MODEL},
+        **{name: setting for name, setting in settings_of(Evaluation).items() if name != "eval"},
+    },
+)
+
+
+def run(values: Mapping[str, Any]) -> str:
+    """Evaluate a model; the table.
+
+    Raises:
+        AutoRoundError: no model, or what ``prepare`` and ``evaluate`` raise.
+    """
+    from autoround.cli.display import display, logged
+
+    named = values.get("positional", values.get("model"))
+    if not named:
+        raise UsageError("eval: found no model; needed a folder, GGUF file or hub name; try auto-round eval --help")
+    if values.get("model", named) != named:
+        raise UsageError(f"model: found {named!r} and {values['model']!r}; needed one")
+    recipe = Recipe(**{name: values[name] for name in MODEL if name in values and name != "model"}, model=named)
+    evaluation = evaluation_of(values)
+    with display(sys.stderr) as screen, logged(screen.note, debug="debug" in values):
+        return evaluate_model(recipe, evaluation, screen, quiet="quiet" in values)
+
+
+def evaluation_of(values: Mapping[str, Any]) -> Evaluation:
+    """The settings of an evaluation among the values of a command."""
+    return Evaluation(**{name: values[name] for name in settings_of(Evaluation) if name in values})
+
+
+def access_of(recipe: Recipe) -> Access:
+    """How a recipe's model is reached."""
+    return Access(
+        revision=recipe.revision,
+        cache_dir=recipe.cache_dir,
+        token=recipe.token,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
+def is_quantized(recipe: Recipe) -> bool:
+    """Whether a recipe's model is quantized already."""
+    from autoround.evaluate import opening
+
+    return opening.is_quantized(recipe.model, access_of(recipe))
+
+
+def prepare(evaluation: Evaluation, *, reference: bool) -> "Prepared":
+    """See ``autoround.evaluate.run.prepare``."""
+    from autoround.evaluate import run
+
+    return run.prepare(evaluation, reference=reference)
+
+
+def evaluate_model(recipe: Recipe, evaluation: Evaluation, screen: "Display", *, quiet: bool) -> str:
+    """Evaluate a recipe's model as it is; the table."""
+    prepared = prepare(evaluation, reference=evaluation.reference is not None)
+    return _measure([recipe.model], prepared, recipe, screen, quiet=quiet)
+
+
+def evaluate_run(
+    folders: Sequence[Path], prepared: "Prepared", recipe: Recipe, screen: "Display", *, quiet: bool
+) -> str:
+    """Evaluate what a run wrote, beside the model that it was made from if no other is named; the table."""
+    settings, output = prepared.settings, Path(recipe.output_dir)
+    beside = output.with_name(f"{output.name}.evaluation.json")
+    prepared = prepared._replace(settings=replace(settings, eval_output=settings.eval_output or str(beside)))
+    return _measure([str(folder) for folder in folders], prepared, recipe, screen, quiet=quiet)
+
+
+def _measure(paths: Sequence[str], prepared: "Prepared", recipe: Recipe, screen: "Display", *, quiet: bool) -> str:
+    """Write the results where they are wanted, and show them."""
+    from autoround.evaluate.opening import locate
+    from autoround.evaluate.run import evaluate
+
+    settings, access = prepared.settings, access_of(recipe)
+    reference = None
+    if settings.reference is not None:
+        reference = locate(settings.reference, replace(access, revision=None))
+    elif recipe.model not in paths:
+        reference = locate(recipe.model, access)
+    results = evaluate(
+        {path: path for path in paths},
+        prepared,
+        reference=reference,
+        access=access,
+        device_map=recipe.device_map,
+        tell=None if quiet else screen.note,
+    )
+    if settings.eval_output is not None:
+        Path(settings.eval_output).write_text(results.json() + "\n", encoding="utf-8")
+    return results.table()
