@@ -57,7 +57,7 @@ class Grammar:
             SystemExit: after --help and --version have printed.
         """
         known = self.spellings()
-        typed, extra = self._parser().parse_known_args([_canonical(word, known) for word in words])
+        typed, extra = self.parser().parse_known_args([_canonical(word, known) for word in words])
         if extra:
             raise UsageError(
                 f"found {extra[0]!r}, which belongs to no flag; needed {self.needed}; quote values that have spaces"
@@ -68,7 +68,8 @@ class Grammar:
         """Every flag without its dashes, in underscores -> the flag it stands for."""
         return {name: name for name in ("help", "version", *self.switches)} | spellings_of(self.settings)
 
-    def _parser(self) -> argparse.ArgumentParser:
+    def parser(self, *, positional: bool = True) -> argparse.ArgumentParser:
+        """The standard library's parser of these words, without or with the one that has no flag."""
         parser = _Parser(
             prog=self.program,
             usage=f"%(prog)s {self.usage}",
@@ -82,7 +83,7 @@ class Grammar:
         names = dict.fromkeys(setting.option["group"] for setting in self.settings.values())
         groups = {name: parser.add_argument_group(name) for name in names}
         command = groups.get("command") or parser.add_argument_group("command")
-        if self.positional:
+        if self.positional and positional:
             metavar, text = self.positional
             next(iter(groups.values()), command).add_argument("positional", metavar=metavar, nargs="?", help=text)
         for name, setting in self.settings.items():
