@@ -32,6 +32,7 @@ class Module(Protocol):
 SUBCOMMANDS: Mapping[str, Subcommand] = MappingProxyType(
     {
         "export": Subcommand("autoround.cli.export", "more formats from a journal or checkpoint, code for code"),
+        "data": Subcommand("autoround.cli.data", "what calibration data holds: rows, tokens, the first ones as text"),
     }
 )
 

@@ -11,6 +11,7 @@ from autoround.errors import DataError
 
 SECTION_CHARS = 16_384
 """Longest document cut from a plain text file; longer texts are split, at blank lines where there are any."""
+_SNIFFED = 8192
 
 
 def find_files(name: str) -> list[Path]:
@@ -47,16 +48,23 @@ def read_file(path: Path, *, column: str | None = None) -> Iterator[Document]:
         column: the key or column that holds the text; None looks for the known ones.
 
     Raises:
-        DataError: the file is damaged, not UTF-8, or a record holds no document.
+        DataError: the file is damaged, binary, not UTF-8, may not be read, or a record holds no document.
     """
     reader = _reader(path)
     if column is not None and reader is _read_text:
         raise DataError(f"{path}: found column={column}; a {path.suffix} file has no columns; drop the option")
     try:
-        for row, record in enumerate(reader(path), 1):
-            yield read_record(record, where=f"{path}, row {row}", column=column)
+        if reader is not _read_parquet and b"\0" in _first_bytes(path):
+            raise DataError(f"{path}: found binary data; needed text in UTF-8; convert it, or give another file")
+        if path.stat().st_size:
+            for row, record in enumerate(reader(path), 1):
+                yield read_record(record, where=f"{path}, row {row}", column=column)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: found bytes that are not UTF-8 ({error.reason}); save it as UTF-8") from error
+    except OSError as error:
+        raise DataError(
+            f"{path}: found a file that cannot be read ({error.strerror or error}); check the disk and its permissions"
+        ) from error
 
 
 def _reader(path: Path) -> Callable[[Path], Iterator[object]]:
@@ -64,6 +72,11 @@ def _reader(path: Path) -> Callable[[Path], Iterator[object]]:
     if reader is None:
         raise DataError(f"{path}: found suffix {path.suffix!r}; needed one of {', '.join(READERS)}")
     return reader
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_SNIFFED)
 
 
 def _hidden(path: Path) -> bool:
@@ -131,7 +144,7 @@ def _read_parquet(path: Path) -> Iterator[object]:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=256):
                 yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except pa.ArrowException as error:
         raise DataError(
             f"{path}: found a damaged parquet file ({_first_line(error)}); write or download it again"
         ) from error
@@ -145,8 +158,10 @@ def _read_csv(path: Path) -> Iterator[object]:
     options = pc.ReadOptions(block_size=min(max(path.stat().st_size, 1 << 20), (1 << 31) - 1))
     try:
         table = pc.read_csv(path, read_options=options, parse_options=pc.ParseOptions(newlines_in_values=True))
-    except (pa.ArrowException, OSError) as error:
+    except pa.ArrowException as error:
         raise DataError(f"{path}: found invalid CSV ({_first_line(error)}); needed a header line and UTF-8") from error
+    if wrong := [column.name for column in table.schema if pa.types.is_binary(column.type)]:
+        raise DataError(f"{path}: found bytes that are not UTF-8 in column {wrong[0]!r}; save it as UTF-8")
     for batch in table.to_batches(max_chunksize=256):
         yield from batch.to_pylist()
 

@@ -86,8 +86,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
         table / "data" / "train-00000-of-00001.parquet",
         [{"id": row, "title": "t", "abstract": f"a{row}"} for row in range(2000)],
     )
-    for split in ("train_sft", "test_sft"):
-        _table(chats / "data" / f"{split}-00000-of-00001.parquet", [{"prompt": "x", "messages": CHAT}])
+    for split, chat in (("train_sft", CHAT), ("test_sft", CHAT[:1])):
+        _table(chats / "data" / f"{split}-00000-of-00001.parquet", [{"prompt": "x", "messages": chat}])
     for split in ("train", "validation", "test", "prompt"):
         _table(code / "full" / f"{split}-00000-of-00001.parquet", [{"text": f"Sum? {split}", "code": "a + b"}])
     (code / "README.md").write_text(
@@ -125,6 +125,16 @@ def test_splits_columns_and_streams(hub: FakeHub, tmp_path: Path) -> None:
     assert splits["origin"] == "hub dataset org/lines, split test+train, streamed"
     assert column["count"] == 2000
     assert column["ends"] == ["a0", "a999"]
+
+
+def test_splits_of_well_known_names_are_those_asked_for(hub: FakeHub, tmp_path: Path) -> None:
+    test, code, both = read(
+        hub.environment(tmp_path), "ultrachat_200k:split=test_sft", "mbpp:split=prompt", "ultrachat_200k:split=a+b"
+    )
+    assert test["origin"] == "hub dataset HuggingFaceH4/ultrachat_200k, split test_sft"
+    assert test["first"] == [CHAT[:1]]
+    assert code["first"] == [[{"role": "user", "content": "Sum? prompt"}, {"role": "assistant", "content": "a + b"}]]
+    assert "found no split 'a'; needed one of " in str(both["error"])
 
 
 def test_configurations_and_well_known_names(hub: FakeHub, tmp_path: Path) -> None:

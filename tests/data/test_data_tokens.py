@@ -47,16 +47,6 @@ def test_a_document_a_row(documents: list[list[int]], rows: int, seqlen: int, pr
     assert report.kept == report.rows == len(made)
 
 
-def test_packing_with_bos_keeps_every_row_full() -> None:
-    """400 texts of 500 tokens at seqlen 512: all but the last row are full, BOS stands once in each."""
-    texts = [words(500, index) for index in range(400)]
-    data = load(texts, make_tokenizer(bos=True), nsamples=392, seqlen=512)
-    assert data.tokens_NT.shape == (392, 512)
-    assert bool(data.valid_NT.all())
-    assert torch.equal((data.tokens_NT == BOS).sum(dim=1), torch.ones(392, dtype=torch.int64))
-    assert bool((data.tokens_NT[:, 0] == BOS).all())
-
-
 def test_short_texts_are_packed_with_eos_between() -> None:
     data = load([words(3, 10 * index) for index in range(16)], make_tokenizer(), nsamples=4)
     assert data.tokens_NT.dtype == torch.int64

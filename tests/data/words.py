@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from autoround.data.tokens import Calibration, Dataset, load_calibration
+from autoround.data.written import Writer
 
 BOS, EOS = 1, 2
 TEMPLATE = (
@@ -57,7 +58,7 @@ def load(
     nsamples: int = 4,
     seqlen: int = 16,
     batch_size: int = 1,
-    writer: StubWriter | None = None,
+    writer: Writer | None = None,
 ) -> Calibration:
     """Load with small defaults."""
     return load_calibration(
