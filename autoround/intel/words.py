@@ -74,7 +74,7 @@ TAKEN: Mapping[str, Taken] = MappingProxyType(
         "disable_deterministic_algorithms": Taken(note=_REPEATS),
         "disable_amp": Taken(note="without effect: the device chooses the dtype it computes in"),
         "amp": Taken(),
-        "disable_eval": Taken(note="already so: nothing is evaluated"),
+        "disable_eval": Taken(note="already so: nothing is evaluated unless --eval or --tasks asks for it"),
         "mllm": Taken(note=_TEXT_ONLY),
         "nblocks": Taken(values=("1",), instead="blocks are tuned one at a time; leave it out"),
         "platform": Taken(

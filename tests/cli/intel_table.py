@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from autoround.cli.commands import SUBCOMMANDS, find
 from autoround.cli.quantize import check, grammar
 from autoround.errors import UsageError
 from autoround.formats.registry import ABSENT, ALIASES, resolve_name
@@ -47,13 +48,13 @@ class Verdict(NamedTuple):
     """What this package makes of a line.
 
     Attributes:
-        recipe: None where it is refused.
-        refused: the message.
+        refused: the message; empty where it is accepted.
+        recipe: None where it is refused, or quantizes nothing.
         notes: what is told beside.
     """
 
-    recipe: Recipe | None
     refused: str = ""
+    recipe: Recipe | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -66,18 +67,25 @@ def judge(line: Line) -> Verdict:
     """Parse a line as the command that it calls."""
     name, *words = line.words
     preset = name.replace("_", "-").removeprefix("auto-round").removeprefix("-").replace("-", "_") or "default"
-    if preset in COMMANDS or words[0] in COMMANDS:
-        command = preset if preset in COMMANDS else words[0]
-        return Verdict(None, f"{command}: {COMMANDS[command]}")
+    if preset == "eval":
+        preset, words = "default", ["eval", *words]
     if preset not in PRESETS:
-        return Verdict(None, f"no command {name}; use auto-round")
+        return Verdict(f"no command {name}; use auto-round")
     try:
+        if words[0] in SUBCOMMANDS:
+            command = find(words[0])
+            values = command.GRAMMAR.read(words[1:])
+            if words[0] == "list":
+                command.run(values)
+            return Verdict()
+        if words[0] in COMMANDS:
+            return Verdict(f"{words[0]}: {COMMANDS[words[0]]}")
         settings, notes = _read(words, preset)
         recipe = Recipe.preset(preset, **settings)
         check(recipe)
     except UsageError as error:
-        return Verdict(None, str(error))
-    return Verdict(recipe, notes=notes)
+        return Verdict(str(error))
+    return Verdict(recipe=recipe, notes=notes)
 
 
 def _read(words: list[str], preset: str) -> Adopted:
@@ -122,7 +130,7 @@ def page() -> str:
 
 def _commands() -> str:
     found = lines()
-    accepted = sum(judge(line).recipe is not None for line in found)
+    accepted = sum(not judge(line).refused for line in found)
     text = (
         f"## Command lines\n\n{len(found)} command lines of Intel's README and docs: {accepted} are accepted. {_SAME}"
     )
@@ -132,12 +140,12 @@ def _commands() -> str:
 
 def _said(line: Line) -> str:
     verdict = judge(line)
-    if verdict.recipe is None:
+    if verdict.refused:
         return f"refused: {verdict.refused}"
     notes = list(verdict.notes)
     if "error" in line.theirs:
         notes.append(f"auto-round 0.16.1 refuses it: {line.theirs['error']}")
-    if searched_there_alone(verdict.recipe, line.theirs):
+    if verdict.recipe and searched_there_alone(verdict.recipe, line.theirs):
         notes.append(SEARCH)
     return "; ".join(["accepted", *notes])
 
