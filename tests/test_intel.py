@@ -76,6 +76,17 @@ def test_several_formats_have_a_folder_each(tmp_path: Path) -> None:
     assert folders == [str(tmp_path / "out" / name) for name in ("auto_round", "auto_gptq")]
 
 
+def test_a_gguf_scheme_and_what_cannot_be_saved_from_it(tmp_path: Path) -> None:
+    rounded = AutoRound(small.make(), dataset=IDS, **TINY | {"scheme": "GGUF:Q4_0", "bits": None, "group_size": None,
+                                                             "sym": None})  # fmt: skip
+    with pytest.raises(UsageError, match="^scheme: found GGUF:Q4_0 with --format auto_round; needed the format gguf"):
+        rounded.quantize_and_save(tmp_path / "out", format="auto_round")
+    both = AutoRound(small.make(), dataset=IDS, **TINY, output_dir=tmp_path / "out", format="auto_round,gguf:q4_0")
+    both._runs = (None, None)  # type: ignore[assignment]  # as if quantized for both
+    with pytest.raises(UsageError, match="^format: found auto_gptq; needed auto_round, gguf:q4_0, what quantize was"):
+        both.save_quantized(format="auto_gptq")
+
+
 def test_saving_before_quantizing_quantizes(tmp_path: Path) -> None:
     _, folder = AutoRound(small.make(), dataset=IDS, **TINY).save_quantized(tmp_path / "out")
     assert (Path(folder) / "config.json").is_file()

@@ -1,7 +1,6 @@
 """``AutoRound`` as Intel's users call it, over ``quantize_each``."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -10,6 +9,8 @@ from torch import nn
 
 from autoround.data.language import did_you_mean
 from autoround.engine import Run, quantize_each
+from autoround.errors import UsageError
+from autoround.formats.registry import resolve_name
 from autoround.hub import load
 from autoround.intel.adopt import adopt
 from autoround.intel.batches import rows
@@ -90,18 +91,19 @@ class AutoRound:
         asked: dict[str, Any] = dict(settings)
         if isinstance(scheme := asked.get("scheme"), Mapping):
             asked = {**scheme, **asked, "scheme": None}
-        given, theirs = _part(asked)
+        given, self._theirs = _part(asked)
         if "format" in given:
             given["format"] = _names(given["format"])
         if "dataset" in given:
             given["dataset"] = rows(given["dataset"], given.get("nsamples", Recipe().nsamples))
-        adopted = adopt({"output_dir": OUTPUT_DIR} | given, theirs)
-        for note in adopted.notes:
-            LOGGER.warning("AutoRound: %s", note.removeprefix("--"))
-        self.model, self.tokenizer = model, tokenizer
         named = "" if isinstance(model, nn.Module) else str(model)
-        self.recipe = Recipe.preset("default", **{"model": named} | adopted.settings)
+        self.model, self.tokenizer = model, tokenizer
+        self._given = {"model": named, "output_dir": OUTPUT_DIR, **given}
         self._runs: tuple[Run, ...] = ()
+        adopted, notes = adopt(self._given, self._theirs)
+        self.recipe = Recipe(**adopted)
+        for note in notes:
+            LOGGER.warning("AutoRound: %s", note.removeprefix("--"))
 
     def quantize(self) -> Result:
         """Tune all blocks.
@@ -138,11 +140,21 @@ class AutoRound:
         del inplace
         if not self._runs:
             return self.quantize_and_save(output_dir or self.recipe.output_dir, format)
+        formats = _names(format) if format else None
+        if (
+            formats
+            and len(self._runs) > 1
+            and set(map(resolve_name, formats)) != set(map(resolve_name, self.recipe.format))
+        ):
+            raise UsageError(
+                f"format: found {', '.join(formats)}; needed {', '.join(self.recipe.format)}, what quantize was asked "
+                "for: they have grids of their own; leave it out or quantize for other formats"
+            )
         target, home = Path(output_dir or self.recipe.output_dir), Path(self.recipe.output_dir)
         folders: list[Path] = []
         for run in self._runs:
             own = target / Path(run.recipe.output_dir).relative_to(home)
-            folders += run.export(own, formats=_names(format) if format and len(self._runs) == 1 else None)
+            folders += run.export(own, formats=formats if len(self._runs) == 1 else None)
         for folder in folders:
             if hasattr(self.tokenizer, "save_pretrained") and (folder / "config.json").is_file():
                 self.tokenizer.save_pretrained(folder)
@@ -153,7 +165,7 @@ class AutoRound:
         output_dir: str | Path = OUTPUT_DIR,
         format: str | Sequence[str] | None = None,
         inplace: bool = True,
-        max_shard_size: str | None = None,
+        max_shard_size: int | str | None = None,
     ) -> Result:
         """Tune all blocks and write the formats; arguments and result are those of ``save_quantized``.
 
@@ -164,8 +176,8 @@ class AutoRound:
         if format:
             changed["format"] = _names(format)
         if max_shard_size:
-            changed["max_shard_size"] = max_shard_size
-        self.recipe = replace(self.recipe, **changed)
+            changed["max_shard_size"] = str(max_shard_size)
+        self.recipe = Recipe(**adopt(self._given | changed, self._theirs).settings)
         self.quantize()
         return self.save_quantized()
 
