@@ -95,7 +95,10 @@ class Results:
         task        metric     float
         perplexity  per token  9.0000 +- 0.5000
         """
-        cells = {(each.task, each.metric): {} for model in self.models for each in model.measures}  # type: ignore[var-annotated]
+        known = reversed(self.models)  # the float model, which comes first, has no kl
+        cells: dict[tuple[str, str], dict[str, str]] = {
+            (each.task, each.metric): {} for model in known for each in model.measures
+        }
         for model in self.models:
             for each in model.measures:
                 cells[each.task, each.metric][model.name] = str(each)

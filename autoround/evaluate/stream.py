@@ -23,8 +23,8 @@ from autoround.model.load import OpenModel
 from autoround.model.read import read_block
 from autoround.model.record import RecordingModel
 
-# Logits of one model that are in memory at a time; each chunk needs a handful of tensors of this size.
-CHUNK_LOGITS = 2**23
+# Logits of one model that are in memory at a time, and the fewest tokens; a chunk needs a handful of such tensors.
+CHUNK_LOGITS, CHUNK_TOKENS = 2**21, 64
 
 
 class Rows(NamedTuple):
@@ -188,7 +188,7 @@ def _score_pair(
     vocabulary = reference.model.config.get_text_config().vocab_size
     parts: tuple[list[TokenScores], list[TokenScores]] = [], []
     tops: tuple[list[Tensor], list[Tensor]] = [], []
-    for places_C2 in torch.split(rows.places_P2, max(1, CHUNK_LOGITS // vocabulary)):
+    for places_C2 in torch.split(rows.places_P2, max(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary)):
         row_C, column_C = places_C2.unbind(1)
         next_C = rows.tokens_NT[row_C, column_C].to(streaming.device)
         expected_CV = _log_probabilities(ours, reference.hidden_NTD[row_C, column_C - 1])
