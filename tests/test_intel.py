@@ -19,6 +19,8 @@ from autoround.recipe import Recipe
 from tests.clients.environments import client_python
 from tests.data.words import make_tokenizer, words
 from tests.engine import small
+from tests.formats.gguf_models import make as make_gguf
+from tests.formats.gguf_tokenizers import sentencepiece
 
 IDS = torch.tensor(small.rows())
 TINY: dict[str, Any] = {
@@ -85,6 +87,21 @@ def test_a_gguf_scheme_and_what_cannot_be_saved_from_it(tmp_path: Path) -> None:
     both._runs = (None, None)  # type: ignore[assignment]  # as if quantized for both
     with pytest.raises(UsageError, match="^format: found auto_gptq; needed auto_round, gguf:q4_0, what quantize was"):
         both.save_quantized(format="auto_gptq")
+
+
+def test_a_gguf_file_beside_a_folder(tmp_path: Path) -> None:
+    arguments = TINY | {
+        "iters": 0,
+        "model_free": True,
+        "format": "auto_round,gguf:q8_0",
+        "output_dir": tmp_path / "out",
+    }
+    rounded = AutoRound(make_gguf("llama", vocab_size=640), sentencepiece(), **arguments)
+    rounded.quantize()
+    model, folders = rounded.save_quantized(tmp_path / "other")
+    assert folders == [str(tmp_path / "other" / name) for name in ("auto_round", "gguf_q8_0")]
+    assert [file.suffix for file in Path(folders[1]).iterdir()] == [".gguf"]
+    assert "PackedLinear" in {type(module).__name__ for module in model.modules()}
 
 
 def test_saving_before_quantizing_quantizes(tmp_path: Path) -> None:
