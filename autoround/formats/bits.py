@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 PERIOD = 32
-# Codes handled at once, which bounds the memory of the intermediate integers.
-_CHUNK = 2**20
+# Codes handled at once: their intermediate integers fit a processor's cache.
+_CHUNK = 2**17
 
 
 def pack_stream(codes_NV: Tensor, bits: int) -> Tensor:
@@ -23,21 +23,26 @@ def pack_stream(codes_NV: Tensor, bits: int) -> Tensor:
         bits: 2, 3, 4 or 8.
 
     Returns:
-        int32 (N, V * bits / 32), two's-complement bit patterns.
+        int32 (N, V * bits / 32), two's-complement bit patterns, on the CPU; of codes without data the shape.
 
     >>> [hex(word) for word in pack_stream(torch.arange(32)[None] % 8, 4).tolist()[0]]
     ['0x76543210', '0x76543210', '0x76543210', '0x76543210']
     """
+    rows, columns = codes_NV.shape
+    shape = rows, columns // PERIOD * bits
+    if codes_NV.is_meta:
+        return torch.empty(shape, dtype=torch.int32, device="meta")
     start = torch.arange(PERIOD) * bits
     word, shift = start // 32, start % 32
-    packed = []
-    for part_NV in torch.split(codes_NV.cpu(), max(1, _CHUNK // codes_NV.shape[1])):
+    words_NW, step = torch.empty(shape, dtype=torch.int32), max(1, _CHUNK // columns)
+    for first in range(0, rows, step):
+        part_NV = codes_NV[first : first + step].cpu()
         shifted = part_NV.long().reshape(len(part_NV), -1, PERIOD) << shift
         words = torch.zeros(*shifted.shape[:-1], bits + 1, dtype=torch.int64)
         words.index_add_(-1, word, shifted & 0xFFFFFFFF)
         words.index_add_(-1, word + 1, shifted >> 32)
-        packed.append(words[..., :bits].flatten(-2).to(torch.int32))
-    return torch.cat(packed)
+        words_NW[first : first + step] = words[..., :bits].flatten(-2)
+    return words_NW
 
 
 def unpack_stream(words_NW: Tensor, bits: int) -> Tensor:
@@ -55,9 +60,9 @@ def unpack_stream(words_NW: Tensor, bits: int) -> Tensor:
     """
     octets = np.ascontiguousarray(words_NW.cpu().numpy()).astype("<i4", copy=False).view(np.uint8)
     rows = max(1, _CHUNK // (octets.shape[1] * 8))
-    codes = []
+    codes_NV = np.empty((len(octets), octets.shape[1] * 8 // bits), dtype=np.uint8)
     for first in range(0, len(octets), rows):
         stream = np.unpackbits(octets[first : first + rows], axis=1, bitorder="little")
         single = stream.reshape(len(stream), -1, bits)
-        codes.append(np.packbits(single, axis=-1, bitorder="little")[..., 0])
-    return torch.from_numpy(np.concatenate(codes))
+        codes_NV[first : first + rows] = np.packbits(single, axis=-1, bitorder="little")[..., 0]
+    return torch.from_numpy(codes_NV)

@@ -1,6 +1,5 @@
 """What a written checkpoint holds: which tensors are kept, which are replaced by codes, and under what names."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,16 @@ from autoround.errors import FormatError
 from autoround.formats.types import Format
 from autoround.func.types import IntCodes
 from autoround.plan import Plan
-from autoround.spec import QuantSpec
+from autoround.spec import GgufSpec, QuantSpec, WeightSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Number of a part of the plan, a block as a rule -> layer path relative to it -> codes.
 BlockCodes: TypeAlias = Callable[[int], Mapping[str, IntCodes]]
+
+# Elements of a tensor that are cast or compared at once.
+PIECE = 2**20
 
 
 class Source(Protocol):
@@ -89,26 +91,37 @@ class Contents:
         name = self.form.dtype or self.dtype
         return None if name is None else getattr(torch, name)
 
-    def kept(self) -> Iterator[tuple[str, Tensor]]:
-        """Checkpoint name and value of every tensor that is not replaced; of weights tied to each other one is enough.
+    def heads(self) -> Iterator[tuple[str, Tensor]]:
+        """Name, shape and dtype in the files (on the meta device) of each of ``tensors``, in their order."""
+        source, layers, alike = self.model.source, self.plan.layers, {}
+        for name, origin in self._kept_names():
+            stored = source.dtype(origin)
+            yield name, _head(source.shape(origin), (self.target or stored) if stored.is_floating_point else stored)
+        for part in self.plan.parts:
+            for relative, spec in part.specs.items():
+                path = f"{part.prefix}{relative}"
+                shape = layers[path].shape
+                key = spec, (shape.out_features, shape.in_features), self.weight_dtype(path)
+                if key not in alike:
+                    alike[key] = self._blank(path, *key)
+                yield from self._named(path, alike[key])
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Checkpoint name and value, not yet in the dtype of the files, of everything that is written, one by one.
 
         Raises:
-            FormatError: a finite value is beyond the range of its dtype.
+            FormatError: the layout cannot hold the codes of a layer.
         """
-        names = self.model.source.names()
-        skeleton = self.model.skeleton
-        first = {id(parameter): name for name, parameter in skeleton.named_parameters()}
-        twins = {name: first[id(parameter)] for name, parameter in skeleton.named_parameters(remove_duplicate=False)}
-        left_out = {f"{path}.weight" for path in self.plan.specs}
-        left_out.update(name for name in names if (twin := twins.get(name, name)) != name and twin in names)
-        for name in names:
-            if name not in left_out:
-                yield self.model.source.checkpoint_name(name), cast(self.model.source.read(name), self.target, name)
-        for name in (f"{owner}.weight" for owner in self.untied.values()):
-            if name not in names:  # the checkpoint has the shared weight under the name of the quantized layer
-                yield name, cast(self.model.source.read(name), self.target, name)
+        yield from self.kept()
+        for path, spec, codes in self.layers():
+            yield from self._named(path, self._packed(path, codes, spec))
 
-    def layers(self) -> Iterator[tuple[str, QuantSpec, IntCodes]]:
+    def kept(self) -> Iterator[tuple[str, Tensor]]:
+        """Those of them that are not made of codes; of weights tied to each other one is enough."""
+        for name, origin in self._kept_names():
+            yield name, self.model.source.read(origin)
+
+    def layers(self) -> Iterator[tuple[str, Any, IntCodes]]:
         """Path, spec and codes of every quantized layer; one block's codes are read at a time."""
         for index, part in enumerate(self.plan.parts):
             codes = self.codes(index)
@@ -136,31 +149,66 @@ class Contents:
         """Whether a layer's module stores its weight as (I, O), as GPT-2's Conv1D does."""
         return not isinstance(self.model.skeleton.get_submodule(path), nn.Linear | nn.Embedding)
 
-    def expected_bytes(self) -> int:
-        """About how much space the weights will take."""
-        packed = self.form.config(self.plan) is not None
-        source, layers, specs, total = self.model.source, self.plan.layers, self.plan.specs, 0.0
-        for name in source.names():
-            if name.removesuffix(".weight") not in specs:
-                stored = source.dtype(name)
-                cast_to = self.target if self.target is not None and stored.is_floating_point else stored
-                total += math.prod(source.shape(name)) * cast_to.itemsize
-        for path, spec in specs.items():
-            shape = layers[path].shape
-            width = float(self.weight_dtype(path).itemsize)
-            if packed:
-                width = spec.bits / 8 + (spec.bits / 8 + 4) / spec.group_of(shape.in_features)
-            total += shape.out_features * shape.in_features * width
-        return int(total)
+    def _kept_names(self) -> Iterator[tuple[str, str]]:
+        """Checkpoint name and module name of every tensor that is not replaced."""
+        names, skeleton = self.model.source.names(), self.model.skeleton
+        first = {id(parameter): name for name, parameter in skeleton.named_parameters()}
+        twins = {name: first[id(parameter)] for name, parameter in skeleton.named_parameters(remove_duplicate=False)}
+        left_out = {f"{path}.weight" for path in self.plan.specs}
+        left_out.update(name for name in names if (twin := twins.get(name, name)) != name and twin in names)
+        for name in names:
+            if name not in left_out:
+                yield self.model.source.checkpoint_name(name), name
+        for name in (f"{owner}.weight" for owner in self.untied.values()):
+            if name not in names:  # the checkpoint has the shared weight under the name of the quantized layer
+                yield name, name
+
+    def _named(self, path: str, packed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of a layer as they are stored."""
+        for kind, tensor in packed.items():
+            turned = kind == "weight" and self.is_transposed(path)
+            yield f"{self.prefix(path)}{kind}", tensor.t() if turned else tensor
+
+    def _packed(self, path: str, codes: IntCodes, spec: QuantSpec) -> dict[str, Tensor]:
+        try:
+            return self.form.pack(codes, spec)
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}") from error
+
+    def _blank(
+        self, path: str, spec: WeightSpec, shape: tuple[int, int], weight_dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Shapes and dtypes of what the layout makes of a layer of this shape."""
+        if isinstance(spec, GgufSpec) or self.form.config(self.plan) is None:
+            return {"weight": _head(shape, weight_dtype)}
+        groups = shape[0], shape[1] // spec.group_of(shape[1])
+        scale_OG = torch.ones(groups, dtype=getattr(torch, spec.scale_dtype))
+        zero_OG = torch.full(groups, spec.midpoint, dtype=torch.uint8)
+        packed = self._packed(path, IntCodes(_head(shape, torch.uint8), scale_OG, zero_OG), spec)
+        return {kind: tensor.to("meta") for kind, tensor in packed.items()}
 
 
-def cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
-    """Cast a floating-point tensor; others, and all where no dtype is given, stay as they are.
+def _head(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def pieces(tensor: Tensor, dtype: torch.dtype, name: str) -> Iterator[Tensor]:
+    """The elements of a tensor in their order, some at a time; those of floating-point tensors are cast.
+
+    Args:
+        tensor: of any shape.
+        dtype: that of the file.
+        name: of the tensor, for messages.
 
     Raises:
         FormatError: a finite value is beyond the dtype's range.
     """
-    if dtype is None or not tensor.is_floating_point() or tensor.dtype == dtype:
+    for piece in torch.split(tensor.cpu().reshape(-1), PIECE):
+        yield _cast(piece, dtype, name)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
     result = tensor.to(dtype)
     ends = torch.stack(result.aminmax()) if result.numel() else result  # which needs no memory of its own

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from autoround.errors import FormatError
-from autoround.formats.contents import Contents
+from autoround.formats.contents import Contents, pieces
 from autoround.formats.types import Format
 from autoround.func.rounding import dequantize
 from autoround.func.types import IntCodes
@@ -31,10 +31,11 @@ def verify_checkpoint(contents: Contents, folder: Path) -> None:
     Raises:
         FormatError: a tensor is missing, unexpected or different; names it and its first difference.
     """
+    heads = dict(contents.heads())
     with ExitStack() as stack:
         files = _Files(folder, stack)
         for name, tensor in contents.kept():
-            _compare(name, files.take(name), tensor)
+            _compare(name, files.take(name), tensor, heads[name].dtype)
         for path, spec, codes in contents.layers():
             tensors = files.take_layer(contents.prefix(path))
             if "weight" in tensors:
@@ -103,10 +104,10 @@ def _compare_layer(path: str, tensors: Mapping[str, Tensor], codes: IntCodes, fo
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from error
     if not isinstance(found, IntCodes):
-        _compare(path, found, dequantize(codes, spec).to(found.dtype))
+        _compare(path, found, dequantize(codes, spec), found.dtype)
         return
     for field, got, wanted in zip(IntCodes._fields, found, codes, strict=True):
-        _compare(f"{path}: {field}", got, wanted.cpu())
+        _compare(f"{path}: {field}", got, wanted, wanted.dtype)
 
 
 def _compare_dtype(where: str, found: Tensor, dtype: torch.dtype) -> None:
@@ -114,17 +115,19 @@ def _compare_dtype(where: str, found: Tensor, dtype: torch.dtype) -> None:
         raise FormatError(f"{where}: found {found.dtype}; needed {dtype}; {_ADVICE}")
 
 
-def _compare(where: str, found: Tensor, expected: Tensor) -> None:
-    """Raise at the first element whose bits differ."""
-    _compare_dtype(where, found, expected.dtype)
+def _compare(where: str, found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Raise at the first element whose bits differ from what was expected, cast to the dtype of the file."""
+    _compare_dtype(where, found, dtype)
     if found.shape != expected.shape:
         raise FormatError(f"{where}: found shape {tuple(found.shape)}; needed {tuple(expected.shape)}; {_ADVICE}")
-    words = [tensor.contiguous().view(_WORDS[tensor.itemsize]) for tensor in (found, expected)]
-    if torch.equal(*words):  # which needs no memory of its own
-        return
-    different = words[0] != words[1]
-    place = tuple(different.nonzero()[0].tolist())
-    raise FormatError(
-        f"{where}: found {found[place].item()} at {place}; needed {expected[place].item()}; "
-        f"{int(different.sum())} of {different.numel()} elements differ; {_ADVICE}"
-    )
+    start, count, first = 0, 0, ""
+    for got, wanted in zip(pieces(found, dtype, where), pieces(expected, dtype, where), strict=True):
+        words = [piece.view(_WORDS[piece.itemsize]) for piece in (got, wanted)]
+        if not torch.equal(*words):  # which needs no memory of its own
+            places = (words[0] != words[1]).nonzero()[:, 0]
+            place = tuple(index.item() for index in torch.unravel_index(start + places[0], found.shape))
+            first = first or f"found {got[places[0]].item()} at {place}; needed {wanted[places[0]].item()}"
+            count += len(places)
+        start += got.numel()
+    if count:
+        raise FormatError(f"{where}: {first}; {count} of {start} elements differ; {_ADVICE}")

@@ -2,22 +2,23 @@
 
 import errno
 import functools
+import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from autoround.errors import FormatError, UsageError
-from autoround.formats.contents import Contents, Source, cast
+from autoround.formats.contents import Contents, Source, pieces
 from autoround.formats.verify import INDEX, SINGLE, verify_checkpoint
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", re.IGNORECASE)
@@ -29,7 +30,7 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint folder, read it back and compare it with the codes, and only then give it its name.
 
-    Needs memory for the codes of one block and for one shard.
+    Needs memory for the codes of one block and for the tensors of one layer, not for a file.
 
     Args:
         contents: what to write; codes are asked for twice, block after block.
@@ -52,7 +53,7 @@ def write_checkpoint(
         folder,
         write,
         functools.partial(verify_checkpoint, contents),
-        needed=contents.expected_bytes(),
+        needed=sum(head.nbytes for _, head in contents.heads()),
         overwrite=overwrite,
     )
 
@@ -117,60 +118,58 @@ def parse_size(text: str | int) -> int:
     return size
 
 
-class _Shards:
-    """Weight files of bounded size; which tensor is in which is known at the end."""
-
-    def __init__(self, folder: Path, limit: int) -> None:
-        self._folder, self._limit = folder, limit
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = self._total_bytes = 0
-        self._written: list[list[str]] = []
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        if self._pending and self._pending_bytes + tensor.nbytes > self._limit:
-            self._flush()
-        self._pending[name] = tensor.contiguous()
-        self._pending_bytes += tensor.nbytes
-
-    def close(self) -> None:
-        """Write what is left, name the files and write their index if there are several."""
-        self._flush()
-        count = len(self._written)
-        if count == 1:
-            self._part(0).rename(self._folder / SINGLE)
-            return
-        weight_map = {}
-        for number, names in enumerate(self._written):
-            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            self._part(number).rename(self._folder / file)
-            weight_map.update(dict.fromkeys(names, file))
-        _write_json(self._folder / INDEX, {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map})
-
-    def _flush(self) -> None:
-        save_file(self._pending, self._part(len(self._written)), {"format": "pt"})
-        self._written.append(list(self._pending))
-        self._total_bytes += self._pending_bytes
-        self._pending, self._pending_bytes = {}, 0
-
-    def _part(self, number: int) -> Path:
-        return self._folder / f"part-{number}.safetensors"
-
-
 def _write_weights(contents: Contents, folder: Path, limit: int) -> None:
-    shards = _Shards(folder, limit)
-    for name, tensor in contents.kept():
-        shards.add(name, tensor)
-    for path, spec, codes in contents.layers():
-        try:
-            tensors = contents.form.pack(codes, spec)
-        except FormatError as error:
-            raise FormatError(f"{path}: {error}") from error
-        for kind, tensor in tensors.items():
-            if kind == "weight":
-                weight = cast(tensor, contents.weight_dtype(path), path)
-                tensor = weight.t() if contents.is_transposed(path) else weight
-            shards.add(f"{contents.prefix(path)}{kind}", tensor)
-    shards.close()
+    """Fill files of bounded size tensor by tensor, and index them if there are several."""
+    shards = _shards(contents.heads(), limit)
+    files, tensors = _file_names(len(shards)), contents.tensors()
+    for file, heads in zip(files, shards, strict=True):
+        with (folder / file).open("wb") as stream:
+            place = _write_header(stream, heads)
+            for name, tensor in itertools.islice(tensors, len(heads)):
+                stream.seek(place[name])
+                parts = pieces(tensor, heads[name].dtype, name)
+                written = sum(stream.write(part.view(torch.uint8).numpy().data) for part in parts)
+                assert written == heads[name].nbytes, f"{name}: {written} of {heads[name].nbytes} bytes"
+    if len(shards) > 1:
+        total = sum(head.nbytes for heads in shards for head in heads.values())
+        weight_map = {name: file for file, heads in zip(files, shards, strict=True) for name in heads}
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _file_names(count: int) -> list[str]:
+    return (
+        [SINGLE] if count == 1 else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    )
+
+
+def _shards(heads: Iterable[tuple[str, Tensor]], limit: int) -> list[dict[str, Tensor]]:
+    """Share tensors out to files, in their order."""
+    shards: list[dict[str, Tensor]] = [{}]
+    free = limit
+    for name, head in heads:
+        if head.nbytes > free and shards[-1]:
+            shards.append({})
+            free = limit
+        shards[-1][name] = head
+        free -= head.nbytes
+    return shards
+
+
+def _write_header(stream: BinaryIO, heads: Mapping[str, Tensor]) -> dict[str, int]:
+    """Begin a safetensors file; where each tensor belongs in it.
+
+    The library itself tells the order in a file and the names of dtypes: by the header that it gives empty tensors.
+    """
+    empty = save({name: torch.empty(0, dtype=head.dtype) for name, head in heads.items()}, {"format": "pt"})
+    header, offset = json.loads(empty[8:]), 0
+    for name, entry in header.items():
+        if name in heads:
+            entry["shape"] = list(heads[name].shape)
+            entry["data_offsets"] = [offset, offset := offset + heads[name].nbytes]
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(struct.pack("<Q", len(text)) + text)
+    return {name: 8 + len(text) + header[name]["data_offsets"][0] for name in heads}
 
 
 def _write_side_files(contents: Contents, folder: Path) -> None:
@@ -193,8 +192,6 @@ def _write_side_files(contents: Contents, folder: Path) -> None:
         for name in contents.form.config_copies:
             _write_json(folder / name, config)
     _write_json(folder / "config.json", settings)
-    for file in folder.glob("*.safetensors"):  # which safetensors makes readable for their owner only
-        shutil.copymode(folder / "config.json", file)
 
 
 def _float_dtype(source: Source) -> torch.dtype:
@@ -232,8 +229,8 @@ def _reported(folder: Path, needed: int) -> Iterator[None]:
     """Turn failures to write into one line that says what to do."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        if not _is_disk_full(error):
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise FormatError(f"{folder}: {error}; needed a writable folder; use another --output_dir") from error
         parent = next(parent for parent in folder.absolute().parents if parent.exists())
         free = shutil.disk_usage(parent).free
@@ -241,9 +238,3 @@ def _reported(folder: Path, needed: int) -> Iterator[None]:
             f"{folder}: found {free / 1e6:.0f} MB free on the disk; needed about {needed / 1e6:.0f} MB; "
             "free some space or use another --output_dir"
         ) from error
-
-
-def _is_disk_full(error: Exception) -> bool:
-    """Safetensors passes the operating system's error on as text."""
-    number = error.errno if isinstance(error, OSError) else None
-    return number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)

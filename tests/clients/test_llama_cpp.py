@@ -92,5 +92,8 @@ def write(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     shapes |= {f"blk.0.attn_{part}": (WIDTH, WIDTH) for part in ("q", "k", "v", "output")}
     shapes |= {f"blk.0.ffn_{part}": (HIDDEN, WIDTH) for part in ("gate", "up")}
     shapes |= {"blk.0.ffn_down": (WIDTH, HIDDEN), "blk.0.ffn_norm": (WIDTH,)}
-    tensors = [GgufTensor(f"{name}.weight", shape, "f32", partial(torch.ones, shape)) for name, shape in shapes.items()]
+    tensors = [
+        GgufTensor(f"{name}.weight", shape, "f32", lambda shape=shape: [torch.ones(shape)])
+        for name, shape in shapes.items()
+    ]
     write_gguf(file, metadata | tokenizer_metadata(tokenizer, rows), tensors)

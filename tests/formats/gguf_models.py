@@ -134,7 +134,9 @@ def tensors(model: PreTrainedModel, matrices: torch.dtype = torch.float32) -> li
     cast = {
         name: tensor if tensor.ndim == 1 or "_inp." in name else tensor.to(matrices) for name, tensor in found.items()
     }
-    return [GgufTensor(name, tuple(t.shape), types[t.dtype], partial(torch.clone, t)) for name, t in cast.items()]
+    return [
+        GgufTensor(name, tuple(t.shape), types[t.dtype], partial(torch.split, t, len(t))) for name, t in cast.items()
+    ]
 
 
 def write_model(model: PreTrainedModel, file: Path, matrices: torch.dtype = torch.float32) -> None:

@@ -1,7 +1,8 @@
 """GGUF files written and read here, against the gguf package's reader."""
 
 import struct
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def tensors() -> dict[str, tuple[str, tuple[int, ...], Tensor]]:
 
 def write(file: Path, metadata: dict[str, Value] | None = None) -> None:
     written = [
-        GgufTensor(name, shape, kind, partial(Tensor.clone, data)) for name, (kind, shape, data) in tensors().items()
+        GgufTensor(name, shape, kind, partial(torch.chunk, data, 2)) for name, (kind, shape, data) in tensors().items()
     ]
     write_gguf(file, METADATA if metadata is None else metadata, written)
 
@@ -114,10 +115,10 @@ def test_tensors_are_views_of_one_mapping(tmp_path: Path) -> None:
 def test_data_are_asked_for_one_after_another(tmp_path: Path) -> None:
     events: list[str] = []
 
-    def reader(name: str, data: Tensor) -> Callable[[], Tensor]:
-        def read() -> Tensor:
+    def reader(name: str, data: Tensor) -> Callable[[], Iterator[Tensor]]:
+        def read() -> Iterator[Tensor]:
             events.append(name)
-            return data
+            yield data
 
         return read
 
@@ -125,6 +126,26 @@ def test_data_are_asked_for_one_after_another(tmp_path: Path) -> None:
     assert events == []
     write_gguf(tmp_path / "a.gguf", METADATA, written)
     assert events == list(tensors())
+
+
+def test_one_piece_is_held(tmp_path: Path) -> None:
+    alive: set[int] = set()
+    most = 0
+
+    def read() -> Iterator[Tensor]:
+        nonlocal most
+        for number in range(20):
+            piece = torch.full((1000,), float(number))
+            alive.add(number)
+            weakref.finalize(piece, alive.remove, number)
+            most = max(most, len(alive))
+            yield piece
+            del piece
+
+    write_gguf(tmp_path / "a.gguf", METADATA, [GgufTensor("a.weight", (20, 1000), "f32", read)])
+    assert most == 2  # the one that is written, while the next is made
+    data = read_tensors(tmp_path / "a.gguf")["a.weight"].data.view(torch.float32)
+    assert torch.equal(data, torch.arange(20.0)[:, None].expand(20, 1000))
 
 
 def test_an_empty_file_of_metadata_only(tmp_path: Path) -> None:

@@ -83,6 +83,16 @@ def test_files_without_codes(file_type: str, tmp_path: Path) -> None:
         assert torch.equal(read[key], wanted.to(dtype).float() if wanted.ndim == 2 else wanted), key
 
 
+def test_pieces_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = planned(make("llama", **WIDE), "q4_k_m", sentencepiece())
+    file.write(tmp_path / "whole.gguf")
+    monkeypatch.setattr("autoround.formats.contents.PIECE", 1000)
+    monkeypatch.setattr("autoround.formats.gguf.file.PIECE", 1000)
+    file.write(tmp_path / "pieces.gguf")
+    assert (tmp_path / "pieces.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    file.verify(tmp_path / "whole.gguf")
+
+
 def test_rows_without_whole_blocks_take_other_types(tmp_path: Path) -> None:
     file = planned(make("llama", vocab_size=640, hidden_size=64, intermediate_size=144), "q4_k_m", sentencepiece())
     layer = "model.layers.0.mlp"

@@ -5,21 +5,22 @@ import json
 import re
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from autoround import func
 from autoround.errors import FormatError, UsageError
 from autoround.formats import writer
+from autoround.formats.contents import pieces
 from autoround.formats.registry import get_format
 from autoround.formats.verify import verify_checkpoint
 from autoround.formats.writer import parse_size, write_checkpoint
@@ -113,6 +114,15 @@ def test_shards_and_their_index(llama: Quantized, tmp_path: Path) -> None:
     assert all(torch.equal(tensors[name], whole[name]) for name in whole)
 
 
+@pytest.mark.parametrize(("form", "dtype"), [("auto_round", None), ("fake", "bfloat16")])
+def test_files_have_the_bytes_of_safetensors_own(
+    form: str, dtype: str | None, llama: Quantized, tmp_path: Path
+) -> None:
+    folder = llama.write(form, tmp_path / "out", max_shard_size="30KB", dtype=dtype)
+    for file in folder.glob("*.safetensors"):
+        assert file.read_bytes() == save(load_file(file), {"format": "pt"})
+
+
 @pytest.mark.parametrize("make", [lambda: tiny_llama(tied=True), tiny_gpt2])
 def test_a_tied_head_is_written_once(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
     assert "lm_head.weight" not in _tensors(quantized(make()).write("auto_round", tmp_path / "memory"))
@@ -134,6 +144,13 @@ def test_side_files_are_taken_over(tmp_path: Path) -> None:
     folder = quantized(source).write("auto_round", tmp_path / "out")
     assert {name: (folder / name).read_text() for name in others} == others
     assert (folder / "generation_config.json").read_text() == (source / "generation_config.json").read_text()
+
+
+@pytest.mark.parametrize("form", ["auto_round", "auto_gptq", "fake"])
+def test_heads_foretell_the_tensors(form: str, llama: Quantized) -> None:
+    heads, tensors = (list(each) for each in (llama.contents(form).heads(), llama.contents(form).tensors()))
+    assert [(name, head.shape) for name, head in heads] == [(name, tensor.shape) for name, tensor in tensors]
+    assert all(head.is_meta for _, head in heads)
 
 
 def test_one_block_of_codes_at_a_time(llama: Quantized, tmp_path: Path) -> None:
@@ -235,31 +252,21 @@ def test_verification_of_damaged_shards(llama: Quantized, tmp_path: Path) -> Non
 def test_what_cannot_be_verified_gets_no_name(
     llama: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoiled(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-        save_file({name: tensor + 1 for name, tensor in tensors.items()}, file, metadata)
+    def spoiled(tensor: Tensor, dtype: torch.dtype, name: str) -> Iterator[Tensor]:
+        return (piece + 1 for piece in pieces(tensor, dtype, name))
 
-    monkeypatch.setattr(writer, "save_file", spoiled)
+    monkeypatch.setattr(writer, "pieces", spoiled)
     with pytest.raises(FormatError, match="elements differ"):
         llama.write("auto_round", tmp_path / "out")
     assert _left_behind(tmp_path) == []
 
 
-# As the operating system and safetensors 0.8 raise it.
-FULL = [
-    OSError(errno.ENOSPC, "No space left on device"),
-    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-]
+def test_a_disk_that_fills_up(llama: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(tensor: Tensor, dtype: torch.dtype, name: str) -> Iterator[Tensor]:
+        yield from pieces(tensor, dtype, name)
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-
-@pytest.mark.parametrize("failure", FULL)
-def test_a_disk_that_fills_up(
-    failure: Exception, llama: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-        file.write_bytes(b"half")
-        raise failure
-
-    monkeypatch.setattr(writer, "save_file", fail)
+    monkeypatch.setattr(writer, "pieces", fail)
     with pytest.raises(FormatError, match=r"out: found \d+ MB free on the disk; needed about \d+ MB; free some space"):
         llama.write("auto_round", tmp_path / "out")
     assert _left_behind(tmp_path) == []
@@ -315,6 +322,18 @@ def test_codes_a_layout_cannot_hold_are_named(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"model.layers.0.mlp.up_proj: found \d+ zero points of 0; .* auto_round"):
         tiny.write("auto_gptq", tmp_path / "out")
     assert _left_behind(tmp_path) == []
+
+
+def test_differences_are_counted_over_all_pieces(
+    llama: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = llama.write("auto_gptq", tmp_path / "out")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][[3, 100], [5, 63]] += 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr("autoround.formats.contents.PIECE", 1000)
+    with pytest.raises(FormatError, match=r"embed_tokens.weight: found \S+ at \(3, 5\); .*; 2 of 8192 elements differ"):
+        verify_checkpoint(llama.contents("auto_gptq"), folder)
 
 
 def test_values_beyond_float16_are_named(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ every tensor; then the data, each tensor on a multiple of 32 bytes.
 import math
 import mmap
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
 
@@ -55,14 +55,14 @@ class GgufTensor(NamedTuple):
         name: llama.cpp's name of it.
         shape: its logical shape in torch's order.
         type: "f32", "f16", "bf16", "q4_k", …
-        read: yields the data when their turn comes: of type f32, f16 and bf16 in the shape and dtype that these say;
-            of others uint8 with the bytes of a row as the last axis.
+        read: yields the data in pieces, one after the other, when their turn comes: elements of the dtype of f32, f16
+            and bf16, bytes (uint8) of other types.
     """
 
     name: str
     shape: tuple[int, ...]
     type: str
-    read: Callable[[], Tensor]
+    read: Callable[[], Iterable[Tensor]]
 
 
 class StoredTensor(NamedTuple):
@@ -89,7 +89,7 @@ def quantization_metadata(file_type: int) -> dict[str, Value]:
 
 
 def write_gguf(file: Path, metadata: Mapping[str, Value], tensors: Sequence[GgufTensor]) -> None:
-    """Write a GGUF file; the data of one tensor are in memory at a time.
+    """Write a GGUF file; one piece of one tensor is in memory at a time.
 
     Args:
         file: replaced if it is there.
@@ -107,7 +107,7 @@ def write_gguf(file: Path, metadata: Mapping[str, Value], tensors: Sequence[Gguf
     offset = 0
     for tensor in tensors:
         head += _info(tensor, offset)
-        offset += _padded(math.prod(_byte_shape(tensor.name, tensor.type, tensor.shape)))
+        offset += _padded(_nbytes(tensor))
     with file.open("wb") as stream:
         stream.write(head)
         stream.write(bytes(_padded(len(head)) - len(head)))
@@ -117,7 +117,7 @@ def write_gguf(file: Path, metadata: Mapping[str, Value], tensors: Sequence[Gguf
 
 def data_bytes(tensors: Sequence[GgufTensor]) -> int:
     """How much space their data take in a file."""
-    return sum(_padded(math.prod(_byte_shape(tensor.name, tensor.type, tensor.shape))) for tensor in tensors)
+    return sum(_padded(_nbytes(tensor)) for tensor in tensors)
 
 
 def read_tensors(file: Path) -> dict[str, StoredTensor]:
@@ -289,11 +289,13 @@ def _padded(size: int, alignment: int = _ALIGNMENT) -> int:
 
 
 def _write_data(stream: BinaryIO, tensor: GgufTensor) -> None:
-    data = tensor.read()
-    shape = _byte_shape(tensor.name, tensor.type, tensor.shape)
-    dtype = FLOATS.get(tensor.type, torch.uint8)
-    needed = tensor.shape if dtype.is_floating_point else shape
-    assert data.dtype == dtype and tuple(data.shape) == needed, f"{tensor.name}: {data.dtype} {tuple(data.shape)}"
-    size = math.prod(shape)
-    stream.write(data.contiguous().view(torch.uint8).numpy().data)
+    dtype, size, written = FLOATS.get(tensor.type, torch.uint8), _nbytes(tensor), 0
+    for piece in tensor.read():
+        assert piece.dtype == dtype, f"{tensor.name}: {piece.dtype}"
+        written += stream.write(piece.contiguous().view(-1).view(torch.uint8).numpy().data)
+    assert written == size, f"{tensor.name}: {written} of {size} bytes"
     stream.write(bytes(_padded(size) - size))
+
+
+def _nbytes(tensor: GgufTensor) -> int:
+    return math.prod(_byte_shape(tensor.name, tensor.type, tensor.shape))

@@ -3,7 +3,7 @@
 Legend: O output features, I input features.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from autoround.errors import FormatError
-from autoround.formats.contents import BlockCodes, Model, cast
+from autoround.formats.contents import PIECE, BlockCodes, Model, pieces
 from autoround.formats.gguf.architectures import row_order, stored_float, tensor_names
 from autoround.formats.gguf.blocks import pack_blocks, unpack_blocks
 from autoround.formats.gguf.container import (
@@ -84,7 +84,7 @@ class GgufFile:
 
     def tensors(self) -> list[GgufTensor]:
         """Everything that is written, in the order of the file: kept tensors first, then codes part by part."""
-        kept = [GgufTensor(name, tuple(tensor.shape), _type_of(tensor), partial(_same, tensor))
+        kept = [GgufTensor(name, tuple(tensor.shape), _type_of(tensor), partial(_whole, tensor))
                 for name, tensor in extra_tensors(self.model.config).items()]  # fmt: skip
         quantized = [
             GgufTensor(layer.name, layer.shape, layer.spec.type, partial(_pack, layer)) for layer in self._layers()
@@ -101,7 +101,7 @@ class GgufFile:
         return {**metadata(config, _plain_name(self.model)), **tokens, **own}
 
     def write(self, file: Path) -> None:
-        """Write the file; the codes of one part of the plan and one tensor are in memory at a time.
+        """Write the file; the codes of one part of the plan and a piece of one tensor are in memory.
 
         Raises:
             FormatError: GGUF cannot hold it; names the tensor.
@@ -125,12 +125,9 @@ class GgufFile:
                     f"{tensor.shape}; {_ADVICE}"
                 )
             if tensor.type in FLOATS:
-                _compare(file, name, found[name].data, tensor.read().contiguous().view(torch.uint8))
+                _compare_floats(file, name, found[name].data, tensor.read())
         for layer in self._layers():
-            own = layer.codes()
-            read = unpack_blocks(found[layer.name].data, layer.spec)
-            for field, got, expected in zip(own._fields, read, own, strict=True):
-                _compare(file, f"{layer.name}: {field}", got, expected)
+            _compare_layer(file, layer, found[layer.name].data)
 
     def _kept(self) -> Iterator[GgufTensor]:
         """Tensors that are not quantized."""
@@ -168,13 +165,12 @@ def _type_of(tensor: Tensor) -> str:
     return next(name for name, dtype in FLOATS.items() if dtype == tensor.dtype)
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+def _whole(tensor: Tensor) -> Iterator[Tensor]:
+    yield tensor
 
 
-def _read_float(model: Model, name: str, index: int, dtype: torch.dtype) -> Tensor:
-    tensor = stored_float(model.config, name, model.source.read(name))[index]
-    return cast(tensor, dtype, name)
+def _read_float(model: Model, name: str, index: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    return pieces(stored_float(model.config, name, model.source.read(name))[index], dtype, name)
 
 
 def _ordered(
@@ -184,11 +180,34 @@ def _ordered(
     return own if order_O is None else type(own)(*(field[order_O] for field in own))
 
 
-def _pack(layer: _Layer) -> Tensor:
+def _split(codes: SymBlockCodes | AsymBlockCodes) -> Iterator[SymBlockCodes | AsymBlockCodes]:
+    """Some rows at a time."""
+    rows = max(1, PIECE // codes.q_OI.shape[1])
+    for fields in zip(*(torch.split(field, rows) for field in codes), strict=True):
+        yield type(codes)(*fields)
+
+
+def _pack(layer: _Layer) -> Iterator[Tensor]:
     try:
-        return pack_blocks(layer.codes(), layer.spec)
+        for part in _split(layer.codes()):
+            yield pack_blocks(part, layer.spec)
     except FormatError as error:
         raise FormatError(f"{layer.name}: {error}") from error
+
+
+def _compare_floats(file: Path, name: str, found: Tensor, wanted: Iterable[Tensor]) -> None:
+    rest_N = found.reshape(-1)
+    for piece_N in (piece.contiguous().view(-1).view(torch.uint8) for piece in wanted):
+        _compare(file, name, rest_N[: len(piece_N)], piece_N)
+        rest_N = rest_N[len(piece_N) :]
+
+
+def _compare_layer(file: Path, layer: _Layer, found_ON: Tensor) -> None:
+    for own in _split(layer.codes()):
+        rows = len(own.q_OI)
+        for field, got, wanted in zip(own._fields, unpack_blocks(found_ON[:rows], layer.spec), own, strict=True):
+            _compare(file, f"{layer.name}: {field}", got, wanted)
+        found_ON = found_ON[rows:]
 
 
 def _compare(file: Path, where: str, found: Tensor, wanted: Tensor) -> None:
