@@ -177,7 +177,7 @@ def _read(rows: Iterable[Mapping[str, Any]], target: HubName, spec: DatasetSpec,
 
 
 def _document(row: Mapping[str, Any], target: HubName, spec: DatasetSpec, where: str) -> Document:
-    if target.pair and spec.column is None:
+    if target.pair and spec.column is None and all(column in row for column in target.pair):
         row = dict(zip(("input", "output"), (row[column] for column in target.pair), strict=True))
     return read_record(row, where=where, column=spec.column)
 

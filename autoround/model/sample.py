@@ -1,8 +1,9 @@
 """Token rows that a model writes itself: calibration data where no text suits.
 
-The whole model is held in memory for it, which is checked before anything is read. A document begins with a token
-drawn at random, goes on with the likeliest tokens and then with tokens drawn from the model's own distribution
-(temperature 1), as LLM-QAT found useful (arXiv 2305.17888). A row in which a document ends goes on with another one.
+The whole model is held in memory for it, which is checked before anything is read, and caches of its size or, if that
+is more, of a gigabyte. A document begins with a token drawn at random, goes on with the likeliest tokens and then with
+tokens drawn from the model's own distribution (temperature 1), as LLM-QAT found useful (arXiv 2305.17888). A row in
+which a document ends goes on with another one.
 
 Legend: B rows at once, T tokens so far, V vocabulary.
 """

@@ -95,8 +95,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
         + "".join(
             f"  - split: {split}\n    path: full/{split}-*\n" for split in ("train", "validation", "test", "prompt")
         )
-        + "---\n"
+        + "- config_name: sanitized\n  data_files: sanitized/*.parquet\n---\n"
     )
+    _table(code / "sanitized" / "train-00000-of-00001.parquet", [{"prompt": "Sum?", "code": "a - b"}])
     plain.mkdir()
     (plain / "plain.py").write_text("raise SystemExit('this must not run')")
     datasets = {"org/lines": lines, "org/table": table, "HuggingFaceH4/ultrachat_200k": chats}
@@ -128,12 +129,17 @@ def test_splits_columns_and_streams(hub: FakeHub, tmp_path: Path) -> None:
 
 
 def test_splits_of_well_known_names_are_those_asked_for(hub: FakeHub, tmp_path: Path) -> None:
-    test, code, both = read(
-        hub.environment(tmp_path), "ultrachat_200k:split=test_sft", "mbpp:split=prompt", "ultrachat_200k:split=a+b"
+    test, code, other, both = read(
+        hub.environment(tmp_path),
+        "ultrachat_200k:split=test_sft",
+        "mbpp:split=prompt",
+        "mbpp:config=sanitized",
+        "ultrachat_200k:split=a+b",
     )
     assert test["origin"] == "hub dataset HuggingFaceH4/ultrachat_200k, split test_sft"
     assert test["first"] == [CHAT[:1]]
     assert code["first"] == [[{"role": "user", "content": "Sum? prompt"}, {"role": "assistant", "content": "a + b"}]]
+    assert other["first"] == ["a - b"]
     assert "found no split 'a'; needed one of " in str(both["error"])
 
 
