@@ -3,7 +3,7 @@
 Code number v of 32 starts at bit ``v * bits`` of the stream; at 3 bits, codes 10 and 21 straddle two words.
 Packing shifts 64-bit integers and unpacking reads single bits, so that neither hides a mistake of the other.
 
-Legend: N rows, V codes in a row, W words in a row.
+Legend: N rows, V codes in a row, W words in a row, B bits of a code.
 """
 
 import numpy as np
@@ -60,9 +60,12 @@ def unpack_stream(words_NW: Tensor, bits: int) -> Tensor:
     """
     octets = np.ascontiguousarray(words_NW.cpu().numpy()).astype("<i4", copy=False).view(np.uint8)
     rows = max(1, _CHUNK // (octets.shape[1] * 8))
-    codes_NV = np.empty((len(octets), octets.shape[1] * 8 // bits), dtype=np.uint8)
+    codes_NV = np.zeros((len(octets), octets.shape[1] * 8 // bits), dtype=np.uint8)
     for first in range(0, len(octets), rows):
-        stream = np.unpackbits(octets[first : first + rows], axis=1, bitorder="little")
-        single = stream.reshape(len(stream), -1, bits)
-        codes_NV[first : first + rows] = np.packbits(single, axis=-1, bitorder="little")[..., 0]
+        part_NV = codes_NV[first : first + rows]
+        single_NVB = np.unpackbits(octets[first : first + rows], axis=1, bitorder="little").reshape(
+            *part_NV.shape, bits
+        )
+        for place in range(bits):
+            part_NV |= single_NVB[..., place] << place
     return torch.from_numpy(codes_NV)

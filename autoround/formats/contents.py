@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BlockCodes: TypeAlias = Callable[[int], Mapping[str, IntCodes]]
 
 # Elements of a tensor that are cast or compared at once.
-PIECE = 2**20
+PIECE = 2**18
 
 
 class Source(Protocol):
