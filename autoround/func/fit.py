@@ -24,6 +24,10 @@ CANDIDATES = 8
 LEAST_SQUARES_ROUNDS = 3
 # Levels of a scale or minimum that are tried, relative to the nearest.
 NEIGHBOURS = (0, -1, 1, -2, 2)
+# Factors of blocks that are tried, relative to the one at hand, with the nearest levels of each.
+TURNS = (1.0, 0.9, 0.92, 0.94, 0.96, 0.98, 1.02, 1.04)
+NEAREST = (0, -1, 1)
+FACTOR_ROUNDS = 2
 
 
 def rounding_errors(
@@ -62,8 +66,9 @@ def candidate_errors(
 def fit_blocks(part: Prepared, clips: Clips, moment_NS: Tensor, spec: GgufSpec, errors: Errors) -> Clips:
     """Better clips for groups of whole GGUF blocks.
 
-    First each group's scale and minimum are fitted to its codes by weighted least squares, over and over; then, where
-    blocks store them as integers, each group's integers are searched by the error that remains.
+    First each group's scale and minimum are fitted to its codes by weighted least squares, over and over. Where blocks
+    store them as integers, the factors of a block are then searched and fitted with the nearest integers of its groups,
+    so that a group whose inputs are huge decides; then each group's integers are searched by the error that remains.
 
     Args:
         part: N groups as one row.
@@ -81,6 +86,8 @@ def fit_blocks(part: Prepared, clips: Clips, moment_NS: Tensor, spec: GgufSpec, 
     own = _Fit(part.weight_OGS[0], moment_NS, spec, errors)
     scales = own.least_squares(_scales_of(part, clips, spec))
     if spec.layout.scale_bits:
+        for _ in range(FACTOR_ROUNDS):
+            scales = own.solved(own.turned(scales))
         scales = own.levels(scales)
     return _clips_of(part, scales, spec)
 
@@ -99,13 +106,45 @@ class _Fit:
         scale_CN, min_CN = (torch.stack(own) for own in zip(*rounds, strict=True))
         return self._best(scale_CN, min_CN)
 
+    def turned(self, scales: Scales) -> Scales:
+        """The factors of each block turned up and down, first of its scales, then of its minima."""
+        for field in (0,) if self._spec.sym else (0, 1):
+            nearest_TCN = torch.stack([self._neighbours(own, NEAREST) for own in self._turns(scales[field])])
+            tried = [own.expand(len(TURNS) * len(NEAREST), -1) for own in scales]
+            tried[field] = nearest_TCN.flatten(0, 1)
+            error_TN, level_TN = self._all(*tried).view_as(nearest_TCN).min(1)
+            turn_1N = self._of_block(error_TN).argmin(0, keepdim=True)
+            found_N = nearest_TCN.gather(1, level_TN.unsqueeze(1))[:, 0].gather(0, turn_1N)[0]
+            scales = (found_N, scales[1]) if field == 0 else (scales[0], found_N)
+        return scales
+
+    def solved(self, scales: Scales) -> Scales:
+        """Weighted least squares of each block's factors for fixed codes and levels, where it lowers the error."""
+        scale_N, min_N = (self._stored(own) for own in scales)
+        q_NS = round_codes(self._weight_NS, 0.0, scale_N, min_N, self._spec)
+        up_NS = scale_N.unsqueeze(-1) * (q_NS - self._spec.midpoint if self._spec.sym else q_NS)
+        down_NS = min_N.unsqueeze(-1).expand_as(up_NS)
+        uu_N, ud_N, dd_N, uw_N, dw_N = (
+            self._of_block((self._moment_NS * one * other).sum(-1))
+            for one, other in ((up_NS, up_NS), (up_NS, down_NS), (down_NS, down_NS),
+                               (up_NS, self._weight_NS), (down_NS, self._weight_NS))
+        )  # fmt: skip
+        det_N = uu_N * dd_N - ud_N.square()
+        by_N, down_N = (uw_N * dd_N - ud_N * dw_N) / det_N, (uw_N * ud_N - uu_N * dw_N) / det_N
+        solvable_N = (det_N > 1e-6 * uu_N * dd_N) & (down_N > 0)
+        alone_N = torch.where(uu_N > 0, (uw_N + ud_N) / uu_N, 1.0)  # where the minima stay
+        by_N, down_N = torch.where(solvable_N, by_N, alone_N), torch.where(solvable_N, down_N, 1.0)
+        scale_CN, min_CN = torch.stack([scale_N, scale_N * by_N]), torch.stack([min_N, min_N * down_N])
+        best_1N = self._of_block(self._all(scale_CN, min_CN)).argmin(0, keepdim=True)
+        return scale_CN.gather(0, best_1N)[0], min_CN.gather(0, best_1N)[0]
+
     def levels(self, scales: Scales) -> Scales:
         """The best of each group's integers and their neighbours; those at the last level set the factor of a block."""
         scale_N, min_N = scales
-        scale_CN = self._neighbours(scale_N)
+        scale_CN = self._neighbours(scale_N, NEIGHBOURS)
         if self._spec.sym:
             return self._best(scale_CN, min_N.expand_as(scale_CN))
-        min_CN = self._neighbours(min_N)
+        min_CN = self._neighbours(min_N, NEIGHBOURS)
         return self._best(scale_CN.repeat_interleave(len(NEIGHBOURS), dim=0), min_CN.repeat(len(NEIGHBOURS), 1))
 
     def _fitted(self, scales: Scales) -> Scales:
@@ -114,19 +153,19 @@ class _Fit:
         q_NS = round_codes(self._weight_NS, 0.0, scale_N, min_N, self._spec)
         if self._spec.sym:
             q_NS = q_NS - self._spec.midpoint
-        weighted_NS = self._moment_NS * q_NS
-        wq_N, qq_N = (weighted_NS * self._weight_NS).sum(-1), (weighted_NS * q_NS).sum(-1)
+        wq_N, qq_N = ((self._moment_NS * q_NS * other).sum(-1) for other in (self._weight_NS, q_NS))
         if self._spec.sym:
             return torch.where(qq_N > 0, wq_N / qq_N, scale_N), min_N
-        total_N, q_N = self._moment_NS.sum(-1), weighted_NS.sum(-1)
-        w_N = (self._moment_NS * self._weight_NS).sum(-1)
-        spread_N = total_N * qq_N - q_N.square()
-        fitted_N = (total_N * wq_N - q_N * w_N) / spread_N
-        fitted_min_N = (q_N * wq_N - qq_N * w_N) / spread_N
+        total_N1 = self._moment_NS.sum(-1, keepdim=True)
+        q_N1, w_N1 = ((self._moment_NS * own).sum(-1, keepdim=True) / total_N1 for own in (q_NS, self._weight_NS))
+        around_NS = self._moment_NS * (q_NS - q_N1)
+        fitted_N = (around_NS * (self._weight_NS - w_N1)).sum(-1) / (around_NS * (q_NS - q_N1)).sum(-1)
+        fitted_min_N = fitted_N * q_N1[:, 0] - w_N1[:, 0]
         alone_N = wq_N / qq_N  # the best scale where the minimum is 0
-        fitted_N = torch.where(fitted_min_N > 0, fitted_N, alone_N)
-        solved = (spread_N > 1e-6 * total_N * qq_N) & (fitted_N > 0)
-        return torch.where(solved, fitted_N, scale_N), torch.where(solved, fitted_min_N.clamp(min=0), min_N)
+        both_N = fitted_min_N > 0
+        fitted_N, fitted_min_N = torch.where(both_N, fitted_N, alone_N), torch.where(both_N, fitted_min_N, 0.0)
+        solved_N = fitted_N.isfinite() & (fitted_N > 0)
+        return torch.where(solved_N, fitted_N, scale_N), torch.where(solved_N, fitted_min_N, min_N)
 
     def _best(self, scale_CN: Tensor, min_CN: Tensor) -> Scales:
         """For each group the candidate with the least error."""
@@ -136,15 +175,31 @@ class _Fit:
     def _all(self, scale_CN: Tensor, min_CN: Tensor) -> Tensor:
         return candidate_errors(self._errors, self._weight_NS, scale_CN, min_CN, self._moment_NS, self._spec)
 
-    def _neighbours(self, value_N: Tensor) -> Tensor:
-        """The stored value of each group, and those a level below and above."""
-        stored = factors(self._blocks(value_N), self._spec)
-        least, most = self._spec.level_range
-        free_MB = stored.level_OG != (least if self._spec.sym else most)
+    def _neighbours(self, value_N: Tensor, steps: tuple[int, ...]) -> Tensor:
+        """The stored value of each group, and those some levels below and above."""
+        stored, (least, most) = factors(self._blocks(value_N), self._spec), self._spec.level_range
+        free_MB = ~self._last(stored.level_OG)
         return torch.stack([
             stored._replace(level_OG=(stored.level_OG + step * free_MB).clamp(least, most)).product().flatten()
-            for step in NEIGHBOURS
+            for step in steps
         ])  # fmt: skip
+
+    def _turns(self, value_N: Tensor) -> list[Tensor]:
+        """The values with those at the last level, which set their block's factor, turned."""
+        value_MB = self._blocks(value_N)
+        last_MB = self._last(factors(value_MB, self._spec).level_OG)
+        return [torch.where(last_MB, turn * value_MB, value_MB).flatten() for turn in TURNS]
+
+    def _last(self, level_MB: Tensor) -> Tensor:
+        least, most = self._spec.level_range
+        return level_MB == (least if self._spec.sym else most)
+
+    def _stored(self, value_N: Tensor) -> Tensor:
+        return factors(self._blocks(value_N), self._spec).product().flatten()
+
+    def _of_block(self, own_N: Tensor) -> Tensor:
+        """Sums over blocks, repeated for each group of one."""
+        return self._blocks(own_N).sum(-1, keepdim=True).expand_as(self._blocks(own_N)).flatten(-2)
 
     def _blocks(self, value_N: Tensor) -> Tensor:
         return rearrange(value_N, "... (m b) -> ... m b", b=self._spec.block_groups)

@@ -17,8 +17,8 @@ from autoround.func.grids.straight import round_straight, round_to_dtype
 from autoround.func.types import AsymBlockCodes, Prepared, RoundingParams, SymBlockCodes
 from autoround.spec import GgufSpec
 
-# Fitted ranges may be a little wider than the weights themselves.
-CLIP_RANGE = (0.0, 1.25)
+# Fitted ranges may be wider than the weights themselves: that of the largest group of a block sets the block's factor.
+CLIP_RANGE = (0.0, 4.0)
 
 
 class Factors(NamedTuple):

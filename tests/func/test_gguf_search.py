@@ -1,0 +1,22 @@
+"""The search for scales of GGUF blocks."""
+
+import pytest
+import torch
+
+from autoround import func as F
+from autoround.spec import GgufSpec
+
+
+@pytest.mark.parametrize("kind", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])
+def test_a_channel_with_huge_inputs_is_kept_nearly_whole(kind: str) -> None:
+    """Its group decides the factors of the block, beyond the range of the weights if need be."""
+    weight_OI = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    moment_I = torch.ones(256)
+    moment_I[100] = 1e5
+    spec = GgufSpec(type=kind)
+    prepared = F.prepare(weight_OI, spec)
+    rounded_OI = F.fake_quantize(prepared, F.search_clips(prepared, moment_I, spec), spec)
+    error_OI = (rounded_OI - weight_OI).square()
+    assert error_OI[:, 100].sum() < 1e-4 * weight_OI[:, 100].square().sum()
+    plain_OI = F.fake_quantize(prepared, F.search_clips(prepared, None, spec), spec)
+    assert error_OI.sum() < 4 * (plain_OI - weight_OI).square().sum()
