@@ -3,8 +3,9 @@
 SmolLM2-135M-Instruct in bfloat16, rounded to nearest: 4 bits in groups of 64 for four layouts of folders, Q4_0 for a
 GGUF file.
 The pass is what the default recipe captures, 128 rows of 2048 tokens through the float model in the dtype that the
-engine computes in, measured on a part of them. Memory is the peak of a process that exports from the
-journal, less what it held before, in units of one shard.
+engine computes in, measured on a part of them. Memory is the peak of what no file backs in a process that exports from
+the journal, less what it held before it opened the model, in units of one shard. A GGUF file is not split: its figure
+is in the same unit and is mostly the loading of the tokenizer.
 """
 
 import argparse
