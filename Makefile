@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint format clients client-environments clean
+.PHONY: demo test lint format clients intel-table client-environments clean
 
 demo: $(INSTALLED)
 	$(BIN)/python benchmarks/demo.py
@@ -25,6 +25,10 @@ format: $(INSTALLED)
 # Runs every client and writes docs/formats.md.
 clients: client-environments
 	AUTOROUND_CLIENT_VENV=$(CURDIR)/.venv-clients $(BIN)/pytest -q tests/clients -m clients --client-table docs/formats.md
+
+# Writes docs/coming_from_auto_round.md.
+intel-table: $(INSTALLED)
+	$(BIN)/python -m tests.cli.intel_table
 
 client-environments: $(INSTALLED)
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python tests/clients/environments.py .venv-clients

@@ -60,8 +60,8 @@ class Recipe:
     max_shard_size: str = option("5GB", "largest size of one weight file", "output")
 
     dataset: Any = option(
-        None, "calibration text: file, folder, hub name or python-docs; options as name:num=64; "
-        "NeelNanda/pile-10k when unset", "calibration")
+        None, "calibration text: file, folder, hub name, python-docs or self (the model writes it); options as "
+        "name:num=64; NeelNanda/pile-10k when unset", "calibration")
     nsamples: int = option(128, "rows of calibration tokens", "calibration", "nsample")
     seqlen: int = option(2048, "tokens in a row", "calibration", "seq_len")
     batch_size: int = option(8, "rows in a tuning step", "calibration", "bs", "train_bs", "train_batch_size")

@@ -26,6 +26,7 @@ def run(values: Mapping[str, Any]) -> str:
         UsageError: nothing of that name can be listed.
     """
     what = str(values.get("positional", ""))
+    what = f"{what}s" if f"{what}s" in TABLES else what
     if what not in TABLES:
         raise UsageError(f"list: found {what!r}; needed one of {', '.join(TABLES)}{did_you_mean(what, TABLES)}")
     return "\n".join(_aligned(TABLES[what]()))
@@ -62,6 +63,7 @@ def _datasets() -> list[tuple[str, ...]]:
 
     rows: list[tuple[str, ...]] = [("dataset", "where", "what is read")]
     rows.append(("python-docs", "this machine", "the standard library's reference and docstrings"))
+    rows.append(("self", "this machine", "rows that the model writes itself"))
     for name, known in SHORT_NAMES.items():
         parts = [*([known.config] if known.config else []), "+".join(known.splits), "streamed" if known.stream else ""]
         rows.append((name, known.repo, ", ".join(filter(None, parts))))

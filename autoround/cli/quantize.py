@@ -1,5 +1,6 @@
 """``auto-round`` itself and its recipes: words to a recipe, the run, the folders it wrote."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from autoround.cli.grammar import SWITCHES, Grammar
 from autoround.data.language import parse_specs
 from autoround.errors import UsageError
 from autoround.evaluate.settings import Evaluation
+from autoround.intel.adopt import adopt, take
 from autoround.options import option, settings_of
 from autoround.plan import Plan, check_head
 from autoround.progress import BlockDone, Progress
@@ -64,6 +66,7 @@ class Files:
     config: str | None = option(
         None, "YAML file of settings, such as the run.yaml in a run's journal; flags win over it", "command"
     )
+    offline: bool = option(False, "ask no hub: models and data come from the cache alone", "command")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +77,14 @@ class Command:
         recipe: how to quantize.
         quantizes: whether anything was said about that beyond the model and the device.
         evaluation: what to measure afterwards, or at once of a model that is quantized already.
+        notes: to tell about flags that are Intel's alone.
     """
 
     recipe: Recipe
     quantizes: bool = True
     evaluation: Evaluation = Evaluation()  # noqa: RUF009
+    notes: tuple[str, ...] = ()
+    offline: bool = False
     dry_run: bool = False
     quiet: bool = False
     debug: bool = False
@@ -120,7 +126,8 @@ def parse(words: Sequence[str], preset: str) -> Command:
         UsageError: a flag that is unknown or not taken, or a value that cannot be.
         SystemExit: after --help and --version have printed.
     """
-    values = grammar(preset).read(words)
+    kept, theirs = take(words)
+    values = grammar(preset).read(kept)
     settings = {name: values[name] for name in settings_of(Recipe) if name in values}
     if "config" in values:
         settings = config.read(values["config"]) | settings
@@ -130,11 +137,14 @@ def parse(words: Sequence[str], preset: str) -> Command:
         settings["model"] = named
     if not settings.get("model"):
         raise UsageError(f"model: found none; needed a hub name, folder or .gguf file; try {program(preset)} --help")
+    settings, notes = adopt(settings, theirs, preset)
     switches = {name: values[name] for name in SWITCHES if name in values}
     return Command(
         recipe=Recipe.preset(preset, **settings),
         quantizes=preset != "default" or not set(settings) <= set(evaluate.MODEL),
         evaluation=evaluate.evaluation_of(values),
+        notes=notes,
+        offline="offline" in values,
         **switches,
     )
 
@@ -167,11 +177,15 @@ def run(command: Command, quantize: Quantize | None = None) -> str:
     """
     recipe, evaluation, quiet = command.recipe, command.evaluation, command.quiet
     check(recipe)
+    if command.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's libraries read it when they are imported
     from autoround.cli.display import display, logged
     from autoround.cli.show import show_plan
 
     engine = quantize or _engine()
     with display(sys.stderr) as screen, logged(screen.note, debug=command.debug):
+        for note in command.notes:
+            screen.note(note)
         if evaluation.wanted and not command.quantizes and evaluate.is_quantized(recipe):
             return evaluate.evaluate_model(recipe, evaluation, screen, quiet=quiet)
         measured = evaluation.wanted and not command.dry_run

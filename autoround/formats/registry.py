@@ -72,7 +72,7 @@ def resolve_name(name: str) -> str:
     if typed in known:
         return typed
     if typed in ABSENT:
-        raise UsageError(f"format: found {name}, which is not supported yet; use {ABSENT[typed]}")
+        raise UsageError(f"format: found {name}, which is not written here; use {ABSENT[typed]}")
     near = difflib.get_close_matches(typed, known, n=1)
     advice = f"; did you mean {near[0]}?" if near else ""
     raise UsageError(f"format: found {name!r}; needed one of {', '.join(known)}{advice}")

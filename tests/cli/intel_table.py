@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from autoround.cli.commands import SUBCOMMANDS, find
-from autoround.cli.quantize import check, grammar
+from autoround.cli.quantize import check, grammar, parse
 from autoround.errors import UsageError
 from autoround.formats.registry import ABSENT, ALIASES, resolve_name
-from autoround.intel.adopt import Adopted, adopt, take
 from autoround.intel.words import COMMANDS, DEPENDENT, FORMATS, REFUSED, SCHEMES, SYNONYMS, TAKEN
-from autoround.options import settings_of
 from autoround.recipe import PRESETS, Recipe
 
 HERE = Path(__file__).parent
@@ -73,26 +71,18 @@ def judge(line: Line) -> Verdict:
         return Verdict(f"no command {name}; use auto-round")
     try:
         if words[0] in SUBCOMMANDS:
-            command = find(words[0])
-            values = command.GRAMMAR.read(words[1:])
+            module = find(words[0])
+            values = module.GRAMMAR.read(words[1:])
             if words[0] == "list":
-                command.run(values)
+                module.run(values)
             return Verdict()
         if words[0] in COMMANDS:
             return Verdict(f"{words[0]}: {COMMANDS[words[0]]}")
-        settings, notes = _read(words, preset)
-        recipe = Recipe.preset(preset, **settings)
-        check(recipe)
+        command = parse(words, preset)
+        check(command.recipe)
     except UsageError as error:
         return Verdict(str(error))
-    return Verdict(recipe=recipe, notes=notes)
-
-
-def _read(words: list[str], preset: str) -> Adopted:
-    kept, theirs = take(words)
-    values = grammar(preset).read(kept)
-    settings = {name: values[name] for name in settings_of(Recipe) if name in values}
-    return adopt({"model": values.get("positional", ""), **settings}, theirs, preset)
+    return Verdict(recipe=command.recipe, notes=command.notes)
 
 
 def differences(recipe: Recipe, theirs: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 from autoround.cli.quantize import grammar, parse, program
 from autoround.cli.refused import FLAGS
 from autoround.errors import UsageError
+from autoround.intel.words import DEPENDENT, SYNONYMS, TAKEN
 from autoround.options import settings_of
 from autoround.recipe import PRESETS, Recipe
 from autoround.spec import QuantSpec
@@ -152,7 +153,7 @@ def test_no_flag_is_both_taken_and_refused() -> None:
 @pytest.mark.parametrize("flag", (GOLDEN / "auto_round_0_16_flags.txt").read_text().split())
 def test_every_flag_of_auto_round_0_16_is_taken_or_refused_by_name(flag: str) -> None:
     name = flag.removeprefix("--").replace("-", "_")
-    if name in grammar("default").spellings():
+    if name in {*grammar("default").spellings(), *TAKEN, *DEPENDENT, *SYNONYMS}:
         return
     with pytest.raises(UsageError) as caught:
         parse(["m", flag, "value"], "default")

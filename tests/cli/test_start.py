@@ -52,7 +52,16 @@ def test_wrong_usage_is_one_line_and_status_2(words: list[str]) -> None:
 
 def test_public_names_are_frozen_and_found() -> None:
     """A name added or removed on purpose changes this list in the same commit."""
-    assert autoround.__all__ == ["QuantSpec", "Recipe", "__version__", "load", "quantize", "quantize_each", "register"]
+    assert autoround.__all__ == [
+        "AutoRound",
+        "QuantSpec",
+        "Recipe",
+        "__version__",
+        "load",
+        "quantize",
+        "quantize_each",
+        "register",
+    ]
     assert set(autoround.__all__) <= set(dir(autoround))
     assert [name for name in autoround.__all__ if getattr(autoround, name) is None] == []
     with pytest.raises(AttributeError, match="has no attribute 'quantise'"):

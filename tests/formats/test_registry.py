@@ -52,7 +52,7 @@ def test_nonsense_gets_the_list() -> None:
 @pytest.mark.parametrize("name", ABSENT)
 def test_known_but_absent_names_get_advice(name: str) -> None:
     with pytest.raises(
-        UsageError, match=rf"found {name}, which is not supported yet; use .*(auto_|gguf:|llm_compressor)"
+        UsageError, match=rf"found {name}, which is not written here; use .*(auto_|gguf:|llm_compressor)"
     ):
         get_format(name)
 

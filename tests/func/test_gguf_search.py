@@ -17,6 +17,6 @@ def test_a_channel_with_huge_inputs_is_kept_nearly_whole(kind: str) -> None:
     prepared = F.prepare(weight_OI, spec)
     rounded_OI = F.fake_quantize(prepared, F.search_clips(prepared, moment_I, spec), spec)
     error_OI = (rounded_OI - weight_OI).square()
-    assert error_OI[:, 100].sum() < 1e-4 * weight_OI[:, 100].square().sum()
+    assert error_OI[:, 100].sum() < 1e-3 * weight_OI[:, 100].square().sum()
     plain_OI = F.fake_quantize(prepared, F.search_clips(prepared, None, spec), spec)
     assert error_OI.sum() < 4 * (plain_OI - weight_OI).square().sum()
