@@ -1,5 +1,7 @@
 """A run's settings as a YAML file: read, checked and written. The names are those of ``Recipe``. Torch-free."""
 
+import contextlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -7,7 +9,7 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from autoround.data.language import DatasetSpec, did_you_mean, format_specs
-from autoround.errors import UsageError
+from autoround.errors import JournalError, UsageError
 from autoround.layers import KEEP, LayerSetting
 from autoround.options import settings_of, spellings
 from autoround.recipe import Recipe
@@ -50,6 +52,9 @@ def write(recipe: Recipe, path: Path) -> None:
     """Write the settings that repeat a run, every one spelled out; a token is left out.
 
     Calibration tokens and texts that were given in memory cannot be written: the file says so.
+
+    Raises:
+        JournalError: the disk is full or not writable; a file that was there stays whole.
     """
     import yaml  # type: ignore[import-untyped]
 
@@ -59,7 +64,26 @@ def write(recipe: Recipe, path: Path) -> None:
         note = "# dataset: was given in memory, so that it is not here\n"
         del values["dataset"]
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
-    path.write_text(HEAD.format(name=path.name) + note + text)
+    _replace(path, HEAD.format(name=path.name) + note + text)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write under a temporary name, sync, rename."""
+    temporary = path.with_name(f"{path.name}.partial")
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise JournalError(
+            f"{path}: {error.strerror}; needed a writable folder with space; run again when there is: finished blocks "
+            "are kept"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 class _InMemory:
@@ -93,7 +117,7 @@ def _mapping(path: Path) -> Mapping[Any, Any]:
 
     needed = "needed a YAML file of settings, such as `bits: 2`"
     try:
-        content = yaml.safe_load(path.expanduser().read_text())
+        content = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         cause = error.strerror if isinstance(error, OSError) else "no text"
         raise UsageError(f"config: {path}: {cause}; {needed}") from None

@@ -7,8 +7,9 @@ import torch
 
 from autoround import config
 from autoround.data.language import parse_specs
-from autoround.errors import UsageError
+from autoround.errors import JournalError, UsageError
 from autoround.recipe import PRESETS, Recipe
+from tests.engine.test_bad_input import largest_file
 
 RECIPES = [
     *(Recipe.preset(preset, model="org/model") for preset in PRESETS),
@@ -36,6 +37,18 @@ def test_every_setting_is_in_the_file_but_the_token(tmp_path: Path) -> None:
 def test_specs_are_written_in_the_calibration_language(tmp_path: Path) -> None:
     config.write(Recipe(dataset=parse_specs("a:num=2,b:split=x+y")), tmp_path / "run.yaml")
     assert config.read(tmp_path / "run.yaml")["dataset"] == "a:num=2,b:split=x+y"
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    file, message = tmp_path / "run.yaml", r"run\.yaml: File too large; needed .*; run again"
+    with largest_file(100), pytest.raises(JournalError, match=message):
+        config.write(Recipe(bits=2), file)
+    assert list(tmp_path.iterdir()) == []
+    config.write(Recipe(bits=3), file)
+    with largest_file(100), pytest.raises(JournalError, match=message):
+        config.write(Recipe(bits=2), file)
+    assert list(tmp_path.iterdir()) == [file]
+    assert config.read(file)["bits"] == 3
 
 
 @pytest.mark.parametrize("dataset", [torch.zeros(2, 3, dtype=torch.int64), ["a text"]], ids=["tokens", "texts"])
