@@ -1,20 +1,15 @@
-"""Whole runs of tiny models: what is tuned, what is exported, and by which functions."""
+"""Whole runs of tiny models: what is tuned, and what it tells."""
 
-import ast
 import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
-from torch._dynamo.utils import get_compilation_metrics as compilations
 from transformers import AutoTokenizer
 
-import autoround
-from autoround import func
 from autoround.engine import quantize
-from autoround.errors import FormatError, ModelError, UsageError
+from autoround.errors import ModelError
 from autoround.func.types import IntCodes
 from autoround.hub import load
 from autoround.journal import Journal
@@ -25,7 +20,6 @@ from tests.engine.small import (
     divergence,
     equal_share,
     hashes,
-    logits,
     make,
     nearest,
     recipe,
@@ -33,8 +27,6 @@ from tests.engine.small import (
     rows,
     tune,
 )
-
-PACKAGE = Path(autoround.__file__).parent
 
 
 def assert_same(one: dict[str, IntCodes], two: dict[str, IntCodes]) -> None:
@@ -221,147 +213,3 @@ def test_progress_tells_phases_blocks_and_losses(tmp_path: Path) -> None:
         (1, "model.layers.1", False),
     ]
     assert all(each.loss_best <= min(each.loss_first, each.loss_last) and each.seconds > 0 for each in done)
-
-
-# Export
-
-
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2"])
-def test_every_layout_computes_what_the_codes_say(name: str, tmp_path: Path) -> None:
-    formats = ("auto_round", "auto_gptq", "fake")
-    run = tune(make(name), tmp_path, "rtn", format=formats, bits=4)
-    folders = run.export()
-    assert folders == tuple(tmp_path / "out" / form for form in formats)
-    for form, folder in zip(formats, folders, strict=True):
-        expected = replaced(name, run, kept=torch.float16 if form == "auto_gptq" else torch.float32)
-        torch.testing.assert_close(logits(load(folder, dtype="float32")), logits(expected), rtol=1e-4, atol=1e-4)
-
-
-def test_tuned_asymmetric_codes_are_exported_as_they_are(tmp_path: Path) -> None:
-    run = tune(make(), tmp_path, sym=False, bits=3, group_size=-1)
-    (folder,) = run.export()
-    torch.testing.assert_close(logits(load(folder)), logits(replaced("llama", run)), rtol=1e-4, atol=1e-4)
-
-
-def test_more_layouts_can_follow_later(tmp_path: Path) -> None:
-    run = tune(make(), tmp_path, "rtn", max_shard_size="50KB")
-    assert run.export() == (tmp_path / "out",)
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    later = run.export(tmp_path / "later", formats=["auto_gptq", "fake"])
-    assert later == (tmp_path / "later" / "auto_gptq", tmp_path / "later" / "fake")
-    torch.testing.assert_close(logits(load(later[1])), logits(load(tmp_path / "out")), rtol=1e-4, atol=1e-4)
-
-
-def test_a_layout_that_cannot_hold_the_plan_is_refused(tmp_path: Path) -> None:
-    run = quantize(make(), recipe(tmp_path, "rtn", bits=4, group_size=64))  # rows of 96 take groups of 32
-    needed = "format auto_awq: model.layers.0.mlp.down_proj: found group_size 32; needed 64 as elsewhere"
-    with pytest.raises(UsageError, match=needed):
-        run.export(tmp_path / "later", formats=["auto_awq"])
-    assert list(tmp_path.iterdir()) == []  # known before any work
-
-
-def test_a_foreign_folder_is_never_overwritten_by_a_late_export(tmp_path: Path) -> None:
-    run, mine = tune(make(), tmp_path, "rtn"), tmp_path / "mine"
-    mine.mkdir()
-    (mine / "notes.txt").write_text("mine")
-    with pytest.raises(FormatError, match="mine: found other files"):
-        run.export(mine)
-    with pytest.raises(FormatError, match="mine: found other files"):
-        run.export(mine, formats=["auto_round", "fake"])
-    assert [path.name for path in mine.iterdir()] == ["notes.txt"]
-
-
-def test_export_alone_does_all_the_work(tmp_path: Path) -> None:
-    (whole,) = quantize(make(), recipe(tmp_path / "whole")).export()
-    run = quantize(make(), recipe(tmp_path / "parts", overwrite=True))
-    assert next(iter(run)).index == 0
-    journaled = hashes(run.journal_folder)["blocks/00000.safetensors"]
-    kept = (run.journal_folder / "blocks" / "00000.safetensors").stat().st_ino
-    (folder,) = run.export()
-    assert hashes(folder) == hashes(whole)
-    assert hashes(run.journal_folder)["blocks/00000.safetensors"] == journaled
-    assert (run.journal_folder / "blocks" / "00000.safetensors").stat().st_ino == kept  # the block was not redone
-    assert [done.resumed for done in run] == [True, True]
-
-
-# One loop, through autoround.func
-
-
-def calls(tree: ast.AST, name: str) -> int:
-    """How often a function or method of this name is called."""
-    functions = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    names = [each.attr if isinstance(each, ast.Attribute) else each.id
-             for each in functions if isinstance(each, ast.Attribute | ast.Name)]  # fmt: skip
-    return names.count(name)
-
-
-def test_there_is_one_loop() -> None:
-    trees = {file.relative_to(PACKAGE).as_posix(): ast.parse(file.read_text()) for file in PACKAGE.rglob("*.py")}
-
-    def callers(name: str) -> dict[str, int]:
-        counts = {file: calls(tree, name) for file, tree in trees.items()}
-        return {file: count for file, count in counts.items() if count and not file.startswith("func/")}
-
-    assert callers("tune_block") == {"tuner.py": 1}  # the loop over steps
-    assert callers("tune") == {"engine.py": 1}  # the loop over blocks
-    assert callers("write_block") == {"engine.py": 2}  # after a block, and after the layers outside all blocks
-    for name in ("backward", "make_step", "make_gradient", "fake_quantize"):  # no second tuner
-        assert set(callers(name)) <= {"tuner.py"}, name
-
-
-class Probe:
-    """Notes how the engine uses ``autoround.func``, and returns the parameters it was given as if they were tuned."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.made: list[Any] = []
-        self.tuned: list[tuple[Any, int, int]] = []
-        self._make_step = func.make_step
-        monkeypatch.setattr(func, "make_step", self.make_step)
-        monkeypatch.setattr(func, "tune_block", self.tune_block)
-
-    def make_step(self, *args: Any, **settings: Any) -> Any:
-        self.made.append(self._make_step(*args, **settings))
-        return self.made[-1]
-
-    def tune_block(self, step: Any, weights: Any, state: Any, batches: Any, *, on_step: Any) -> func.TuneResult:
-        del on_step  # nothing to tell
-        (shared,) = weights.tuned.values()
-        self.tuned.append((step, len(shared.weight_OGS), len(list(batches))))
-        return func.TuneResult(state.params, torch.zeros(0))
-
-
-@pytest.mark.parametrize(("name", "steps"), [("llama_3", [0, 0, 0]), ("gemma3", [0, 1, 0])])
-def test_the_engine_runs_through_the_functional_tuner(
-    name: str, steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its codes are those of whatever ``tune_block`` returns, and blocks of one structure share one step."""
-    probe, model = Probe(monkeypatch), make(name)
-    run = tune(model, tmp_path)
-    assert_same(codes(run), nearest(model, run))
-    assert [probe.made.index(step) for step, _, _ in probe.tuned] == steps
-    assert len(probe.made) == len(set(steps))
-    sizes = [
-        sum(own.scale_OG.numel() for own in journaled.values())
-        for journaled in map(Journal(run.journal_folder, {}).read_block, range(3))
-    ]
-    assert [groups for _, groups, _ in probe.tuned] == sizes  # one shared tensor for all layers
-    assert [count for _, _, count in probe.tuned] == [6, 6, 6]
-
-
-@pytest.mark.slow
-def test_one_compilation_serves_all_blocks(tmp_path: Path) -> None:
-    """Beside the step, the clip search compiles what it tries its candidates with."""
-    model, settings = make("llama_3"), {"clip_search": True, "lr": 0.01}
-    eager = tune(model, tmp_path / "eager", torch_compile=False, **settings)
-    torch.compiler.reset()
-    counters.clear()
-    before = len(compilations())
-    compiled = tune(model, tmp_path / "compiled", torch_compile=True, **settings)
-    names = sorted(str(metrics.co_name) for metrics in compilations()[before:])
-    assert names == ["rounding_errors", "step"]
-    assert counters["stats"]["unique_graphs"] == len(names)
-    assert not counters["graph_break"]
-    assert equal_share(codes(eager), codes(compiled)) > 0.9
-    for index in range(3):
-        ours, theirs = (Journal(run.journal_folder, {}).read_stats(index) for run in (compiled, eager))
-        assert ours["loss_first"] == pytest.approx(theirs["loss_first"], rel=0.1)
