@@ -4,6 +4,7 @@ Layout of the folder::
 
     manifest.json                 what the run is; a different run is refused
     run.yaml                      its settings, for ``auto-round --config``
+    lock                          held by the process that works on it
     blocks/00003.safetensors      codes of block 3: ``<layer>.q_OI``, ``<layer>.scale_OG``, …, the fields of its tuple
     activations/0.safetensors     inputs of the block after an even one, and
     activations/1.safetensors     after an odd one, so that the last finished block's are always whole
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,7 +30,7 @@ from torch import Tensor
 from autoround.errors import JournalError
 from autoround.func.types import AsymBlockCodes, Codes, IntCodes, SymBlockCodes
 
-MANIFEST, BLOCKS, ACTIVATIONS = "manifest.json", "blocks", "activations"
+MANIFEST, BLOCKS, ACTIVATIONS, LOCK = "manifest.json", "blocks", "activations", "lock"
 # Part of the manifest that may differ where a run goes on: the same weights may lie elsewhere now.
 ORIGIN = "origin"
 SHOWN_DIFFERENCES = 4
@@ -40,9 +42,10 @@ _KINDS: Mapping[frozenset[str], type[Codes]] = {
 class Journal:
     """A run's folder of finished work; ``open_journal`` makes or continues one."""
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], lock: BaseFileLock | None = None) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._lock = lock  # held as long as the journal is
 
     def finished(self) -> int:
         """How many blocks, from the first on, are done."""
@@ -133,8 +136,8 @@ def open_journal(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool =
         overwrite: discard a journal that is there.
 
     Raises:
-        JournalError: the folder holds another run's journal (the message says what differs) or none of ours, or is
-            not writable.
+        JournalError: the folder holds another run's journal (the message says what differs) or none of ours, is not
+            writable, or another process works on it.
     """
     manifest = json.loads(json.dumps(manifest))
     there = (folder / MANIFEST).exists()
@@ -148,16 +151,17 @@ def open_journal(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool =
                 f"{folder}: found the journal of another run ({'; '.join(shown)}{more}); "
                 "use another --output_dir, or --overwrite to discard it"
             )
-        return Journal(folder, manifest)
+        return Journal(folder, manifest, _locked(folder))
     folder.mkdir(parents=True, exist_ok=True)
-    if not there and {file.name for file in folder.iterdir()} - {_partial(folder / MANIFEST).name}:
+    if not there and {file.name for file in folder.iterdir()} - {_partial(folder / MANIFEST).name, LOCK}:
         raise JournalError(f"{folder}: found files that are not a journal; use another --output_dir or move them away")
+    lock = _locked(folder)
     for name in (BLOCKS, ACTIVATIONS):
         if (folder / name).exists():
             shutil.rmtree(folder / name)
     with _replacing(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True))
-    return Journal(folder, manifest)
+    return Journal(folder, manifest, lock)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -173,6 +177,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder / MANIFEST}: {error}; needed a journal's manifest; start anew with --overwrite"
         ) from error
     return manifest
+
+
+def _locked(folder: Path) -> BaseFileLock:
+    """The lock of a journal, which one process at a time can have; the system takes it back when that ends."""
+    lock: BaseFileLock = FileLock(folder / LOCK, timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise JournalError(
+            f"{folder}: found another run at work on it; wait until that ends, or use another --output_dir"
+        ) from None
+    except OSError as error:
+        raise JournalError(f"{folder / LOCK}: {error}; needed a writable folder with space") from error
+    return lock
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -147,7 +147,7 @@ def test_stopped_before_anything_was_journaled(model: PreTrainedModel, tmp_path:
     (journal / "manifest.json.partial").write_text('{"cal')
     _, resumed = went_on(model, recipe(tmp_path, "rtn"))
     assert resumed == [False] * 3
-    assert sorted(path.name for path in journal.iterdir()) == ["blocks", "manifest.json"]
+    assert sorted(path.name for path in journal.iterdir()) == ["blocks", "lock", "manifest.json", "run.yaml"]
 
 
 # Finished
