@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import Literal
 
 REPORT_SECONDS = 0.25
@@ -14,7 +15,8 @@ class Progress:
 
     Attributes:
         phase: what is being done.
-        block, blocks: number of the current block, from 1, and of all; block is 0 before the first.
+        block, blocks: number of the current block, from 1, and of all; block is 0 before the first, and blocks
+            while loading.
         step, steps: of the current block.
         loss_first, loss: of the first step and of the latest; None before the first step.
         tokens_per_second: of tuning in this block.
@@ -23,7 +25,7 @@ class Progress:
         message: detail of the phase.
     """
 
-    phase: Literal["calibration", "tuning", "export"]
+    phase: Literal["loading", "calibration", "tuning", "export"]
     block: int
     blocks: int
     step: int = 0
@@ -67,34 +69,40 @@ class Meter:
     ) -> None:
         self._blocks, self._steps, self._memory, self._listen = blocks, steps, memory, listen
         self._start = time.monotonic()
-        self._block, self._block_start, self._first_block, self._reported = 0, self._start, 0, 0.0
-        self._tuning_start, self._loss_first = self._start, 0.0
-        self._pace_start: float | None = None
+        self._block, self._reported, self._loss_first = 0, 0.0, 0.0
+        # Of the current block: when it began, when its first step was done, and its latest.
+        self._block_start = self._tuning_start = self._step_end = self._start
+        # Of the blocks that this run did: all seconds, and for the latest those after its first and its last step.
+        self._taken: list[float] = []
+        self._after_first = self._after_last = 0.0
 
     def phase(self, phase: Literal["calibration", "tuning", "export"], message: str) -> None:
         """A phase begins."""
+        self._tell(phase, message, None)
+
+    def _tell(self, phase: Literal["calibration", "tuning", "export"], message: str, eta: float | None) -> None:
         if self._listen is not None:
             self._listen(Progress(phase=phase, block=self._block, blocks=self._blocks, seconds=self._elapsed(),
-                                  memory_bytes=self._memory(), message=message))  # fmt: skip
+                                  eta_seconds=eta, memory_bytes=self._memory(), message=message))  # fmt: skip
 
     def resumed(self, index: int, path: str, stats: Mapping[str, float]) -> BlockDone:
         """A block was found finished."""
-        self._block = self._first_block = index + 1
+        self._block = index + 1
         self._start = time.monotonic()
         return BlockDone(index=index, path=path, resumed=True, **stats)
 
     def begin(self, index: int, path: str) -> None:
         """A block begins."""
-        self._block, self._block_start = index + 1, time.monotonic()
-        self.phase("tuning", path)
+        self._block = index + 1
+        self._block_start = self._tuning_start = self._step_end = time.monotonic()
+        usual = median(self._taken[1:] or self._taken) if self._taken else None
+        self._tell("tuning", path, None if usual is None else usual * (self._blocks - index))
 
     def step(self, step: int, tokens: int, loss: Callable[[], float]) -> None:
         """A tuning step of so many tokens is done; its loss is read only when it is time to report."""
-        now = time.monotonic()
+        now = self._step_end = time.monotonic()
         if step == 1:
             self._tuning_start, self._loss_first, self._reported = now, loss(), 0.0
-        if self._pace_start is None:
-            self._pace_start = now
         if self._listen is None or now - self._reported < REPORT_SECONDS:
             return
         self._reported = now
@@ -102,16 +110,34 @@ class Meter:
         self._listen(Progress(
             phase="tuning", block=self._block, blocks=self._blocks, step=step, steps=self._steps,
             loss_first=self._loss_first, loss=loss(), tokens_per_second=rate, seconds=self._elapsed(),
-            eta_seconds=self._eta(step, now - self._pace_start), memory_bytes=self._memory()))  # fmt: skip
+            eta_seconds=self._eta(step, now), memory_bytes=self._memory()))  # fmt: skip
 
-    def _eta(self, step: int, seconds: float) -> float | None:
-        """Time left by the pace since this run's first step, which may have been slow: it waits for the compiler."""
-        done = self._block - self._first_block - 1 + (step - 1) / max(self._steps, 1)
-        return seconds / done * (self._blocks - self._first_block - done) if done else None
+    def _eta(self, step: int, now: float) -> float | None:
+        """Time left after a step of this block.
+
+        The first block of a run waits for the compiler, before its first step is done, and so says nothing of the
+        others but what came after that step. From the third on a block is foretold from those between, by the median:
+        one of another structure is compiled for again. What is left of this block is foretold by the latest one, and
+        the more of its steps are done, by its own pace.
+        """
+        pace = (now - self._tuning_start) / (step - 1) if step > 1 else 0.0
+        if not self._taken:
+            return pace * (self._steps * (self._blocks - self._block + 1) - step + 1) if step > 1 else None
+        usual = self._tuning_start - self._block_start + self._after_first
+        if len(self._taken) > 1:
+            usual = median(self._taken[1:])
+        share = step / self._steps if step > 1 else 0.0
+        by_pace = pace * (self._steps - step) + self._after_last
+        by_latest = max(self._after_first - (now - self._tuning_start), 0.0)
+        here = share * by_pace + (1 - share) * by_latest
+        return here + usual * (self._blocks - self._block)
 
     def end(self, index: int, path: str, stats: Mapping[str, float]) -> BlockDone:
         """A block is finished."""
-        return BlockDone(index=index, path=path, seconds=time.monotonic() - self._block_start, **stats)
+        now = time.monotonic()
+        self._taken.append(now - self._block_start)
+        self._after_first, self._after_last = now - self._tuning_start, now - self._step_end
+        return BlockDone(index=index, path=path, seconds=self._taken[-1], **stats)
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._start

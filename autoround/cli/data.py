@@ -75,9 +75,9 @@ def run(values: Mapping[str, Any]) -> str:
     writes = recipe.dataset is not None and any(spec.name == "self" for spec in parse_specs(recipe.dataset))
     if shown.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when the client library is imported
-    from autoround.cli.display import display, logged
+    from autoround.cli.display import display
 
-    with display(sys.stderr) as screen, logged(screen.note, debug="debug" in values):
+    with display(sys.stderr, json="log_json" in values, debug="debug" in values) as screen:
         from autoround.data.explain import explain
 
         writer = _writer(recipe, screen, quiet="quiet" in values) if writes else None

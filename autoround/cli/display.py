@@ -1,8 +1,8 @@
-"""What a run shows on stderr: a live bar on a terminal, plain lines elsewhere."""
+"""What a run shows on stderr: a live bar on a terminal, plain lines elsewhere, or JSON."""
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Protocol, TextIO
 
 from rich.console import Console
@@ -10,6 +10,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from autoround.cli.json_lines import JsonLines, Others
 from autoround.log import LOGGER
 from autoround.progress import BlockDone, Progress
 
@@ -25,6 +26,9 @@ class Display(Protocol):
 
     def note(self, text: str) -> None:
         """A line worth reading at any time."""
+
+    def log(self, level: str, text: str) -> None:
+        """What the package logs."""
 
 
 class PlainDisplay:
@@ -49,6 +53,10 @@ class PlainDisplay:
         """A line."""
         print(text, file=self._stream, flush=True)
 
+    def log(self, level: str, text: str) -> None:
+        """A line that says whose it is."""
+        self.note(_logged(level, text))
+
 
 class LiveDisplay:
     """A bar that moves, under a line per finished block."""
@@ -61,7 +69,10 @@ class LiveDisplay:
         self._task = self._bar.add_task("", facts="")
 
     def update(self, progress: Progress) -> None:
-        """Move the bar, which appears with the first progress."""
+        """Move the bar, which appears when the model is loaded: downloads have bars of their own."""
+        if progress.phase == "loading":
+            self.note(f"loading {progress.message}")
+            return
         tuning = progress.phase == "tuning"
         finished = progress.block - 1 + progress.step / max(progress.steps, 1) if tuning else progress.block
         self._bar.update(
@@ -81,39 +92,56 @@ class LiveDisplay:
         """A line above the bar."""
         self._console.print(Text(text), soft_wrap=True)
 
+    def log(self, level: str, text: str) -> None:
+        """A line above the bar that says whose it is."""
+        self.note(_logged(level, text))
+
     def stop(self) -> None:
         """Remove the bar."""
         self._bar.stop()
 
 
 @contextmanager
-def display(stream: TextIO) -> Iterator[Display]:
-    """The display that suits a stream."""
-    if not stream.isatty():
-        yield PlainDisplay(stream)
-        return
-    live = LiveDisplay(Console(file=stream))
-    try:
-        yield live
-    finally:
-        live.stop()
+def display(stream: TextIO, *, json: bool = False, debug: bool = False) -> Iterator[Display]:
+    """The display that suits a stream, which also shows what the package logs.
+
+    Args:
+        stream: to write to.
+        json: one object a line, whatever the stream is, and for what other libraries print to stderr as well.
+        debug: show all that is logged, not only warnings.
+    """
+    if json:
+        lines = JsonLines(stream)
+        with _logging(lines.log, debug=debug), redirect_stderr(Others(lines)):
+            yield lines
+    elif stream.isatty():
+        live = LiveDisplay(Console(file=stream))
+        try:
+            with _logging(live.log, debug=debug):
+                yield live
+        finally:
+            live.stop()
+    else:
+        plain = PlainDisplay(stream)
+        with _logging(plain.log, debug=debug):
+            yield plain
 
 
-class _Notes(logging.Handler):
-    """Passes log records on as lines."""
+class _Handler(logging.Handler):
+    """Passes log records on."""
 
-    def __init__(self, note: Callable[[str], None]) -> None:
+    def __init__(self, log: Callable[[str, str], None]) -> None:
         super().__init__()
-        self._note = note
+        self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._note(f"auto-round: {record.levelname.lower()}: {record.getMessage()}")
+        self._log(record.levelname.lower(), record.getMessage())
 
 
 @contextmanager
-def logged(note: Callable[[str], None], *, debug: bool) -> Iterator[None]:
-    """Send what the package logs, from warnings or all, to ``note``, and leave the logger as it was."""
-    handler, before = _Notes(note), LOGGER.level
+def _logging(log: Callable[[str, str], None], *, debug: bool) -> Iterator[None]:
+    """Send what the package logs, from warnings or all, to ``log``, and leave the logger as it was."""
+    handler, before = _Handler(log), LOGGER.level
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.DEBUG if debug else logging.WARNING)
     try:
@@ -121,6 +149,10 @@ def logged(note: Callable[[str], None], *, debug: bool) -> Iterator[None]:
     finally:
         LOGGER.removeHandler(handler)
         LOGGER.setLevel(before)
+
+
+def _logged(level: str, text: str) -> str:
+    return f"auto-round: {level}: {text}"
 
 
 def _block(done: BlockDone, blocks: int) -> str:

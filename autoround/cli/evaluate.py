@@ -10,6 +10,7 @@ from autoround.cli.grammar import Grammar
 from autoround.errors import UsageError
 from autoround.evaluate.settings import Access, Evaluation
 from autoround.options import settings_of
+from autoround.progress import Progress
 from autoround.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def run(values: Mapping[str, Any]) -> str:
     Raises:
         AutoRoundError: no model, or what ``prepare`` and ``evaluate`` raise.
     """
-    from autoround.cli.display import display, logged
+    from autoround.cli.display import display
 
     named = values.get("positional", values.get("model"))
     if not named:
@@ -51,7 +52,7 @@ def run(values: Mapping[str, Any]) -> str:
         raise UsageError(f"model: found {named!r} and {values['model']!r}; needed one")
     recipe = Recipe(**{name: values[name] for name in MODEL if name in values and name != "model"}, model=named)
     evaluation = evaluation_of(values)
-    with display(sys.stderr) as screen, logged(screen.note, debug="debug" in values):
+    with display(sys.stderr, json="log_json" in values, debug="debug" in values) as screen:
         return evaluate_model(recipe, evaluation, screen, quiet="quiet" in values)
 
 
@@ -86,6 +87,8 @@ def prepare(evaluation: Evaluation, *, reference: bool) -> "Prepared":
 
 def evaluate_model(recipe: Recipe, evaluation: Evaluation, screen: "Display", *, quiet: bool) -> str:
     """Evaluate a recipe's model as it is; the table."""
+    if not quiet:
+        screen.update(Progress(phase="loading", block=0, blocks=0, message=recipe.model))
     prepared = prepare(evaluation, reference=evaluation.reference is not None)
     return _measure([recipe.model], prepared, recipe, screen, quiet=quiet)
 

@@ -38,7 +38,7 @@ def run(values: Mapping[str, Any]) -> str:
     Raises:
         AutoRoundError: nothing to export, or formats that cannot hold it.
     """
-    from autoround.cli.display import display, logged
+    from autoround.cli.display import display
     from autoround.cli.quantize import check
     from autoround.export import Target, export_checkpoint, export_journal
 
@@ -57,7 +57,7 @@ def run(values: Mapping[str, Any]) -> str:
         max_shard_size=recipe.max_shard_size,
         overwrite=recipe.overwrite,
     )
-    with display(sys.stderr) as screen, logged(screen.note, debug="debug" in values):
+    with display(sys.stderr, json="log_json" in values, debug="debug" in values) as screen:
 
         def tell(name: str, folder: Path) -> None:
             if "quiet" not in values:

@@ -18,6 +18,7 @@ SWITCHES: Mapping[str, str] = MappingProxyType(
     {
         "dry_run": "print what would be done to every layer, and stop",
         "quiet": "print no progress",
+        "log_json": "print progress, warnings and errors as one JSON object a line",
         "debug": "print what is logged, and a traceback when something fails",
     }
 )
@@ -47,7 +48,7 @@ class Grammar:
     needed: str = "flags alone"
     settings: Mapping[str, Setting]
     defaults: Mapping[str, object] = field(default_factory=dict)
-    switches: tuple[str, ...] = ("quiet", "debug")
+    switches: tuple[str, ...] = ("quiet", "log_json", "debug")
 
     def read(self, words: Sequence[str]) -> dict[str, Any]:
         """The values of a command's words; what was not given is not there, the positional word is "positional".

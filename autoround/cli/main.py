@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from autoround.cli import quantize as quantizing
 from autoround.cli import refused
 from autoround.cli.commands import SUBCOMMANDS, find
+from autoround.cli.json_lines import JsonLines
 from autoround.cli.quantize import Quantize, program
 from autoround.errors import AutoRoundError, UsageError
 
 INTERRUPTED = 130
 FAILED = 1
+LOG_JSON = frozenset({"--log_json", "--log-json"})
 NEXT_STEPS = {
     errno.ENOSPC: "free some space and repeat the command: finished blocks are kept",
     errno.EDQUOT: "free some space and repeat the command: finished blocks are kept",
@@ -77,11 +79,11 @@ def main(argv: Sequence[str] | None = None, preset: str = "default", *, quantize
     except (AutoRoundError, OSError) as error:
         if "--debug" in words:
             raise
-        return _fail(name, error)
+        return _end(words, f"{name}: error", *_told(error))
     except KeyboardInterrupt:
         again = "repeat the command without --overwrite" if "--overwrite" in words else "repeat the command"
-        print(f"{name}: stopped; blocks finished so far are kept: {again} to go on", file=sys.stderr)
-        return INTERRUPTED
+        text = f"stopped; blocks finished so far are kept: {again} to go on"
+        return _end(words, name, text, INTERRUPTED)
     return 0
 
 
@@ -100,13 +102,19 @@ def _result(words: list[str], preset: str, quantize: Quantize | None) -> str:
     return quantizing.run(quantizing.parse(words, preset), quantize)
 
 
-def _fail(name: str, error: AutoRoundError | OSError) -> int:
-    """Print the one message of an error; the exit status."""
+def _told(error: AutoRoundError | OSError) -> tuple[str, int]:
+    """The one message of an error, and the exit status."""
     if isinstance(error, AutoRoundError):
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return error.exit_status
+        return str(error), error.exit_status
     parts = [str(error.filename or ""), error.strerror or str(error)]
     advice = NEXT_STEPS.get(error.errno or 0)
-    text = ": ".join(part for part in parts if part) + (f"; {advice}" if advice else "")
-    print(f"{name}: error: {text}", file=sys.stderr)
-    return FAILED
+    return ": ".join(part for part in parts if part) + (f"; {advice}" if advice else ""), FAILED
+
+
+def _end(words: list[str], prefix: str, text: str, status: int) -> int:
+    """Say why a command ends early; the exit status."""
+    if LOG_JSON.intersection(words):
+        JsonLines(sys.stderr).error(text, status)
+    else:
+        print(f"{prefix}: {text}", file=sys.stderr)
+    return status

@@ -87,6 +87,7 @@ class Command:
     offline: bool = False
     dry_run: bool = False
     quiet: bool = False
+    log_json: bool = False
     debug: bool = False
 
 
@@ -179,19 +180,20 @@ def run(command: Command, quantize: Quantize | None = None) -> str:
     check(recipe)
     if command.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's libraries read it when they are imported
-    from autoround.cli.display import display, logged
+    from autoround.cli.display import display
     from autoround.cli.show import show_plan
 
-    engine = quantize or _engine()
-    with display(sys.stderr) as screen, logged(screen.note, debug=command.debug):
+    with display(sys.stderr, json=command.log_json, debug=command.debug) as screen:
         for note in command.notes:
             screen.note(note)
         if evaluation.wanted and not command.quantizes and evaluate.is_quantized(recipe):
             return evaluate.evaluate_model(recipe, evaluation, screen, quiet=quiet)
         measured = evaluation.wanted and not command.dry_run
         prepared = evaluate.prepare(evaluation, reference=True) if measured else None
-        told = None if command.dry_run or command.quiet else screen.update
-        runs = engine(recipe.model, recipe, on_progress=told)
+        told = None if command.dry_run or quiet else screen.update
+        if told is not None:
+            told(Progress(phase="loading", block=0, blocks=0, message=recipe.model))
+        runs = (quantize or _engine())(recipe.model, recipe, on_progress=told)
         if command.dry_run:
             return "\n\n".join(show_plan(run.plan, _name(run, runs)) for run in runs)
         folders = [folder for run in runs for folder in _finish(run, screen, quiet=quiet)]

@@ -25,6 +25,7 @@ from tests.cli.stub import StubEngine
 sys.exit(main(["m", "--quiet"], quantize=StubEngine()))
 """
 RAN = """\
+loading: m
 calibration: reading text
 auto-round: warning: less text than asked
 block 1/2  layers.0  loss 2.000e+00 -> 1.000e+00  finished before

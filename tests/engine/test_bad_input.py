@@ -220,8 +220,8 @@ def test_a_journal_that_cannot_be_written(preset: str, written: str, tmp_path: P
     run = quantize(make(), recipe(tmp_path, preset))
     with largest_file(20_000), pytest.raises(JournalError, match=rf"{written}/0\S*: .*; needed .*space; run again"):
         list(run)
-    files = [path for path in (tmp_path / "out.journal").rglob("*") if path.is_file()]
-    assert sorted(path.name for path in files) == ["manifest.json", "run.yaml"]
+    files = {path.name for path in (tmp_path / "out.journal").rglob("*") if path.is_file()}
+    assert files - {"lock"} == {"manifest.json", "run.yaml"}
     quantize(make(), recipe(tmp_path, preset)).export()
     whole = tune(make(), tmp_path / "whole", preset).export()
     assert hashes(tmp_path / "out") == hashes(whole[0])
@@ -230,7 +230,7 @@ def test_a_journal_that_cannot_be_written(preset: str, written: str, tmp_path: P
 def test_not_even_a_manifest_fits(tmp_path: Path) -> None:
     with largest_file(100), pytest.raises(JournalError, match=r"manifest\.json: .*needed a writable folder with space"):
         list(quantize(make(), recipe(tmp_path, "rtn")))
-    assert left_behind(tmp_path / "out.journal") == []
+    assert set(left_behind(tmp_path / "out.journal")) <= {"lock"}
     assert len(list(quantize(make(), recipe(tmp_path, "rtn")))) == 2
 
 

@@ -3,6 +3,8 @@
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from autoround.progress import REPORT_SECONDS, Meter, Progress
 
@@ -34,26 +36,85 @@ def test_nobody_listens() -> None:
     assert (done.loss_first, done.loss_best, done.loss_last, done.resumed) == (2.0, 1.0, 1.5, False)
 
 
-@pytest.mark.parametrize("finished", [0, 2])
-def test_what_is_left_is_foretold_from_the_work_of_this_run(finished: int) -> None:
-    """Blocks that were found finished took no time now, and so do not count."""
+class Clock:
+    """Takes the place of the module ``time``; goes on when it is told to."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+# What a block takes beside the others: they differ by a tenth.
+BLOCKS = st.lists(st.floats(0.95, 1.05), min_size=4, max_size=30)
+# Seconds before the first step, of ten steps, and after the last one.
+SECONDS = st.tuples(st.floats(0, 20), st.floats(5, 20), st.floats(0, 5))
+
+
+def foretold(
+    blocks: list[float], seconds: tuple[float, float, float], waits: dict[int, float], *, resumed: int = 0
+) -> dict[tuple[int, int], tuple[float | None, float]]:
+    """What is foretold and what is true, by block and step, where some blocks wait for a compiler."""
+    clock, steps = Clock(), 10
+    events: list[tuple[Progress, float]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("autoround.progress.time", clock)
+        own = Meter(len(blocks), steps, lambda: 0, lambda event: events.append((event, clock.now)))
+        for index in range(resumed):
+            own.resumed(index, "", {})
+        for index, factor in enumerate(blocks[resumed:], resumed):
+            before, steady, after = (factor * each for each in seconds)
+            own.begin(index, "")
+            clock.now += before + waits.get(index, 0.0)
+            for step in range(1, steps + 1):
+                clock.now += steady / steps
+                own.step(step, 64, lambda: 1.0)
+            clock.now += after
+            own.end(index, "", {})
+    return {(event.block, event.step): (event.eta_seconds, clock.now - now) for event, now in events}
+
+
+@given(BLOCKS, SECONDS, st.integers(0, 1), st.floats(0, 200))
+def test_from_the_third_block_on_what_is_left_is_known_within_a_fifth(
+    blocks: list[float], seconds: tuple[float, float, float], resumed: int, slow: float
+) -> None:
+    """However long the first one waited for the compiler; blocks that were found finished took no time now."""
+    found = foretold(blocks, seconds, {resumed: slow}, resumed=resumed)
+    assert found[resumed + 1, 0][0] is None
+    assert found[resumed + 1, 1][0] is None  # no pace is known yet
+    late = [pair for (block, _), pair in found.items() if block >= resumed + 3]
+    assert len(late) == 11 * (len(blocks) - resumed - 2)
+    assert all(eta == pytest.approx(true, rel=0.2) for eta, true in late)
+
+
+def test_one_block_that_waits_for_the_compiler_again_changes_nothing() -> None:
+    found = foretold([1.0] * 20, (2, 10, 1), {0: 40, 4: 30})
+    assert all(eta == pytest.approx(true, rel=0.01) for (block, _), (eta, true) in found.items() if block > 5)
+
+
+def test_the_second_block_and_blocks_without_steps() -> None:
+    found = foretold([1.0] * 6, (2, 10, 1), {0: 40})
+    assert found[1, 6][0] == pytest.approx(6 * 10 - 6 + 1)  # nothing else is known than the pace
+    assert all(found[2, step][0] == pytest.approx(found[2, step][1], rel=0.01) for step in range(1, 11))
     events: list[Progress] = []
-    own, begun = meter(events), 0.0
-    time.sleep(REPORT_SECONDS)
-    for index in range(finished):
-        done = own.resumed(index, f"layers.{index}", {"loss_first": 3.0})
-        assert (done.index, done.resumed, done.loss_first, done.loss_last) == (index, True, 3.0, 0.0)
-    for index in range(finished, 4):
-        own.begin(index, f"layers.{index}")
-        begun = begun or time.monotonic()  # the first step may have waited for the compiler
-        for step in (1, 2):
-            own.step(step, 64, lambda step=step: 1.0 / step)  # type: ignore[misc]
-            time.sleep(REPORT_SECONDS)
-        first, second = events[-2:]
-        assert (first.block, first.step, first.loss, first.tokens_per_second) == (index + 1, 1, 1.0, None)
-        assert (second.step, second.loss_first, second.loss, second.memory_bytes) == (2, 1.0, 0.5, 123)
-        assert second.tokens_per_second is not None
-        assert 0 < second.tokens_per_second <= 64 / REPORT_SECONDS
-        work = index - finished + 0.1
-        pace = (time.monotonic() - REPORT_SECONDS - begun) / work
-        assert second.eta_seconds == pytest.approx(pace * (4 - finished - work), rel=0.05)
+    own = meter(events, steps=0)
+    for index in range(4):
+        own.begin(index, "")
+        own.end(index, "", {})
+    assert [event.eta_seconds is None for event in events] == [True, False, False, False]
+
+
+def test_a_step_tells_its_loss_its_pace_and_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, events = Clock(), []
+    monkeypatch.setattr("autoround.progress.time", clock)
+    own: Meter = meter(events)
+    done = own.resumed(0, "layers.0", {"loss_first": 3.0})
+    assert (done.index, done.resumed, done.loss_first, done.loss_last) == (0, True, 3.0, 0.0)
+    own.begin(1, "layers.1")
+    for step in (1, 2):
+        clock.now += 0.5
+        own.step(step, 64, lambda step=step: 1.0 / step)  # type: ignore[misc]
+    first, second = events[1:]
+    assert (first.block, first.step, first.loss, first.tokens_per_second) == (2, 1, 1.0, None)
+    assert (second.step, second.loss_first, second.loss, second.memory_bytes) == (2, 1.0, 0.5, 123)
+    assert (second.tokens_per_second, second.seconds) == (128, 1.0)
