@@ -150,11 +150,13 @@ class BlockTuner:
     def _forward(
         self, block_fn: func.BlockFn, tensors: Mapping[str, Tensor], template: CallTemplate, x_NTD: Tensor
     ) -> Tensor:
-        """The block's outputs for all rows, where the rows live."""
-        y_NTD = torch.empty_like(x_NTD)
+        """The block's outputs for all rows, where the rows live, in the dtype that the block returns."""
+        y_NTD = torch.empty(0)
         with torch.no_grad():
             for rows_B in torch.arange(len(x_NTD)).split(self._recipe.batch_size):
-                y_NTD[rows_B] = block_fn(tensors, self._call(template, x_NTD, rows_B)).to(y_NTD.device)
+                y_BTD = block_fn(tensors, self._call(template, x_NTD, rows_B))
+                y_NTD = y_NTD if len(y_NTD) else y_BTD.new_empty(len(x_NTD), *y_BTD.shape[1:], device=x_NTD.device)
+                y_NTD[rows_B] = y_BTD.to(y_NTD.device)
         return y_NTD
 
     def _call(self, template: CallTemplate, x_NTD: Tensor, rows_B: Tensor) -> func.Call:

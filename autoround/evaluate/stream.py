@@ -67,15 +67,14 @@ class Outputs(RecordingModel):
     Args:
         model: an opened model; it is not changed.
         streaming: where it runs, and in which dtype.
-        returns_tuple: whether blocks return their hidden states as the first item of a tuple.
+        items: how many items blocks return, of which the hidden states are the first; 0 for these alone.
     """
 
-    def __init__(self, model: OpenModel, streaming: Streaming, *, returns_tuple: bool) -> None:
+    def __init__(self, model: OpenModel, streaming: Streaming, *, items: int) -> None:
         super().__init__(model, find_blocks(model.skeleton), streaming.device, streaming.dtype)
         columns = embedding(model.skeleton).in_features
         self._model.set_input_embeddings(_NoEmbedding(columns, streaming))  # whose weights are not needed
-        for recorder in self._recorders:
-            recorder.returns_tuple = returns_tuple
+        self.set_items(items)
         self._hidden_C1D = torch.empty(0)
         self._recorders[-1].is_last = False
         self._recorders[-1].register_forward_hook(self._replace)
@@ -89,10 +88,10 @@ class Outputs(RecordingModel):
             logits_C1V: Tensor = self._model(input_ids=tokens_C1, use_cache=False).logits
         return logits_C1V[:, 0]
 
-    def _replace(self, module: nn.Module, args: Any, output: Tensor | tuple[Tensor]) -> Tensor | tuple[Tensor]:
+    def _replace(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The outputs of the last block in place of its inputs."""
         del module, args
-        return self._hidden_C1D if isinstance(output, Tensor) else (self._hidden_C1D,)
+        return self._hidden_C1D if isinstance(output, Tensor) else (self._hidden_C1D, *output[1:])
 
 
 def compare_streamed(
@@ -151,14 +150,14 @@ class _NoEmbedding(nn.Module):
 
 
 class _Ended(NamedTuple):
-    """A model, the outputs of its last block on the CPU, and whether that block returned them in a tuple."""
+    """A model, the outputs of its last block on the CPU, and how many items that block returned."""
 
     model: OpenModel
     hidden_NTD: Tensor
-    returns_tuple: bool
+    items: int
 
     def outputs(self, streaming: Streaming) -> Outputs:
-        return Outputs(self.model, streaming, returns_tuple=self.returns_tuple)
+        return Outputs(self.model, streaming, items=self.items)
 
 
 def _run_blocks(model: OpenModel, rows: Rows, streaming: Streaming, on_block: Callable[[int, int], None]) -> _Ended:
@@ -167,17 +166,21 @@ def _run_blocks(model: OpenModel, rows: Rows, streaming: Streaming, on_block: Ca
     hidden_NTD, templates = capture(
         model, *rows, blocks=blocks, batch_size=streaming.batch_size, device=device, dtype=streaming.dtype
     )
-    tuples: list[bool] = []
+    items: list[int] = []
     for index, (path, template) in enumerate(zip(blocks, templates, strict=True)):
         on_block(index + 1, len(blocks))
         block_fn = func.make_block_fn(model.skeleton.get_submodule(path))
-        block_fn.skeleton.register_forward_hook(lambda block, args, output: tuples.append(isinstance(output, tuple)))
+        block_fn.skeleton.register_forward_hook(lambda block, args, output: items.append(_count(output)))
         tensors = read_block(model, path, dtype=streaming.dtype, device=device)
         with torch.no_grad():
             for rows_B in torch.split(torch.arange(len(hidden_NTD)), streaming.batch_size):
                 call = template.bind(hidden_NTD[rows_B].to(device), rows_B)
                 hidden_NTD[rows_B] = block_fn(tensors, call).to(hidden_NTD)
-    return _Ended(model, hidden_NTD, tuples[-1])
+    return _Ended(model, hidden_NTD, items[-1])
+
+
+def _count(output: Tensor | tuple[Tensor, ...]) -> int:
+    return 0 if isinstance(output, Tensor) else len(output)
 
 
 def _score_pair(

@@ -1,7 +1,7 @@
 """The arguments of a block's calls, each distinct tensor kept once, and calls for any choice of samples."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +18,13 @@ class Hidden:
     """Stands for the hidden states among the arguments of a call."""
 
 
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """Stands for an empty mapping of the model's own, which every call is given anew."""
+
+    kind: type[MutableMapping[Any, Any]]
+
+
 class Seen(NamedTuple):
     """One call of one block in one forward.
 
@@ -27,6 +34,7 @@ class Seen(NamedTuple):
         names: where each leaf is in ``(args, kwargs)``.
         leaves: flat arguments, ``Hidden`` in place of the hidden states.
         spec: how the leaves nest.
+        follows: whether the hidden states are those that the block before it returned.
     """
 
     block: str
@@ -34,6 +42,7 @@ class Seen(NamedTuple):
     names: tuple[str, ...]
     leaves: tuple[Any, ...]
     spec: TreeSpec
+    follows: bool
 
 
 class Shared(NamedTuple):
@@ -68,7 +77,7 @@ class CallTemplate:
     """The arguments of one block for all samples, but for the hidden states.
 
     Attributes:
-        leaves: flat arguments: ``Hidden``, ``Shared``, ``PerSample`` or a constant.
+        leaves: flat arguments: ``Hidden``, ``Fresh``, ``Shared``, ``PerSample`` or a constant.
         spec: how they nest as ``(args, kwargs)``.
     """
 
@@ -89,6 +98,8 @@ class CallTemplate:
                 return hidden_BTD
             if isinstance(leaf, PerSample):
                 return leaf.take(rows, device)
+            if isinstance(leaf, Fresh):
+                return leaf.kind()
             return leaf.tensor.to(device) if isinstance(leaf, Shared) else leaf
 
         args, kwargs = tree_unflatten([fill(leaf) for leaf in self.leaves], self.spec)

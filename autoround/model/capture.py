@@ -5,6 +5,7 @@ Which tensors belong to single samples is learned from a forward of one row and 
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -54,8 +55,9 @@ def capture(
         dtype: floating-point dtype in which they run.
 
     Raises:
-        ModelError: the blocks are not called once each in this order; an argument is neither tensor nor constant, has
-            no recognizable batch axis, or depends on the outputs of other blocks.
+        ModelError: the blocks are not called once each in this order, or the model changes hidden states between them;
+            an argument is neither tensor nor constant, has no recognizable batch axis, or depends on the outputs of
+            other blocks.
     """
     recording = RecordingModel(model, blocks, torch.device(device), dtype)
     padded = (~valid_NT.all(dim=1)).nonzero().flatten()[:1]
@@ -67,13 +69,23 @@ def capture(
 
     first = padded.new_zeros(1)
     one, two = run(first), run(first.repeat(2), shift=1.0)
+    _check_flow(one)
     tape = Tape(one, [_batch_axes(*calls) for calls in zip(one, two, strict=True)], tokens_NT.device)
-    hidden_NTD = one[0].hidden.new_empty((*tokens_NT.shape, *one[0].hidden.shape[2:]), device=tokens_NT.device)
+    hidden_NTD = torch.empty(*tokens_NT.shape, *one[0].hidden.shape[2:], dtype=dtype, device=tokens_NT.device)
     for rows_B in torch.arange(len(tokens_NT), device=tokens_NT.device).split(batch_size):
         calls = run(rows_B)
-        hidden_NTD[rows_B] = calls[0].hidden[: len(rows_B)].to(hidden_NTD.device)
+        hidden_NTD[rows_B] = calls[0].hidden[: len(rows_B)].to(hidden_NTD)
         tape.add(calls, len(rows_B))
     return Captured(hidden_NTD, tape.templates())
+
+
+def _check_flow(calls: Sequence[Seen]) -> None:
+    for before, call in pairwise(calls):
+        if not call.follows:
+            raise ModelError(
+                f"{call.block}: found hidden states that the model changes after {before.block}; needed those that it "
+                "returned; this model is not supported yet"
+            )
 
 
 def _batch_axes(one: Seen, two: Seen) -> list[int | None]:

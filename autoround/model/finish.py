@@ -60,9 +60,8 @@ class Ending(RecordingModel):
     ) -> None:
         super().__init__(model, [*blocks, head], device, dtype)
         inside = RecordingModel(model, blocks, device, dtype)
-        inside(torch.zeros(1, 1, dtype=torch.int64), None, shift=0.0)  # finds out whether blocks return tuples
-        for recorder in self._recorders:
-            recorder.returns_tuple = inside._recorders[0].returns_tuple
+        inside(torch.zeros(1, 1, dtype=torch.int64), None, shift=0.0)  # finds out what blocks return
+        self.set_items(inside.items)
         self._hidden_BTD = torch.empty(0)
         self._recorders[-2].register_forward_hook(self._replace)
 
@@ -89,7 +88,7 @@ class Ending(RecordingModel):
             calls = self(tokens_NT[rows_B].to(self._device), valid_BT if padded else None, shift=0.0)
             yield calls[-1].hidden, valid_BT
 
-    def _replace(self, module: nn.Module, args: Any, output: Tensor | tuple[Tensor]) -> Tensor | tuple[Tensor]:
+    def _replace(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The outputs of the last block in place of its inputs."""
         del module, args
-        return self._hidden_BTD if isinstance(output, Tensor) else (self._hidden_BTD,)
+        return self._hidden_BTD if isinstance(output, Tensor) else (self._hidden_BTD, *output[1:])

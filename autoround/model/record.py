@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,13 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from transformers import PreTrainedModel
 
 from autoround.errors import ModelError
-from autoround.model.calls import Hidden, Seen
+from autoround.model.calls import Fresh, Hidden, Seen
 from autoround.model.load import OpenModel
 from autoround.model.source import WeightSource
 
 _HIDDEN = "hidden_states"
+# The longest tuple that models unpack what their blocks return into.
+_MOST_ITEMS = 4
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
@@ -33,7 +35,8 @@ class RecordingModel:
     def __init__(self, model: OpenModel, blocks: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
         skeleton, self._blocks, self._device = model.skeleton, list(blocks), device
         self._seen: list[Seen] = []
-        self._recorders = [_Recorder(path, skeleton.get_submodule(path), self._seen) for path in blocks]
+        self._flow = _Flow()
+        self._recorders = [_Recorder(path, skeleton.get_submodule(path), self._seen, self._flow) for path in blocks]
         self._recorders[-1].is_last = True
         memo: dict[int, object] = {id(recorder.block[0]): recorder for recorder in self._recorders}
         memo.update({id(buffer): buffer.to(device) for buffer in skeleton.buffers()})
@@ -60,10 +63,6 @@ class RecordingModel:
             ModelError: blocks are not called once each in the order given, or not with hidden states (B, T, …).
         """
         calls = self._run(tokens_BT, valid_BT, shift)
-        if len(calls) > 1 and calls[1].hidden.ndim < calls[0].hidden.ndim:  # the model takes item 0 of a block's output
-            for recorder in self._recorders:
-                recorder.returns_tuple = True
-            calls = self._run(tokens_BT, valid_BT, shift)
         called = [call.block for call in calls]
         if called != self._blocks:
             raise ModelError(
@@ -76,8 +75,35 @@ class RecordingModel:
                 raise ModelError(f"{call.block}: found hidden states of shape {shape}; needed (batch, tokens, …)")
         return calls
 
+    @property
+    def items(self) -> int:
+        """How many items the model unpacks what a block returns into; 0 where that is the hidden states alone."""
+        return self._recorders[0].items
+
+    def set_items(self, items: int) -> None:
+        """Let recorders return so many items."""
+        for recorder in self._recorders:
+            recorder.items = items
+
     def _run(self, tokens_BT: Tensor, valid_BT: Tensor | None, shift: float) -> list[Seen]:
+        """The calls of a forward, with as many items from each block as the model takes."""
+        for items in range(self.items, _MOST_ITEMS + 1):
+            self.set_items(items)
+            try:
+                calls = self._run_once(tokens_BT, valid_BT, shift)
+            except ModelError:
+                raise
+            except ValueError:  # from unpacking, unless no number of items helps
+                if items == _MOST_ITEMS:
+                    raise
+            else:
+                if len(calls) < 2 or calls[1].hidden.ndim == calls[0].hidden.ndim:  # else it took part of a tensor
+                    break
+        return calls
+
+    def _run_once(self, tokens_BT: Tensor, valid_BT: Tensor | None, shift: float) -> list[Seen]:
         self._seen.clear()
+        self._flow.hidden = None
         for recorder in self._recorders:
             recorder.shift = shift
         mask = None if valid_BT is None else valid_BT.long().to(self._device)
@@ -90,33 +116,46 @@ class _Stop(Exception):
     """Ends a forward at the last block."""
 
 
+class _Flow:
+    """The hidden states that the last recorder returned."""
+
+    hidden: Tensor | None = None
+
+    def reaches(self, hidden: Tensor) -> bool:
+        """Whether these are the same ones, or there are none yet."""
+        before = self.hidden
+        if before is None or before is hidden:
+            return True
+        return before.shape == hidden.shape and torch.equal(before.to(hidden.dtype), hidden)
+
+
 class _Recorder(nn.Module):
     """Stands in for a block: notes its arguments and hands its hidden states on."""
 
-    def __init__(self, path: str, block: nn.Module, seen: list[Seen]) -> None:
+    def __init__(self, path: str, block: nn.Module, seen: list[Seen], flow: _Flow) -> None:
         super().__init__()
-        self.path, self.seen = path, seen
+        self.path, self.seen, self.flow = path, seen, flow
         self.block = (block,)  # in a tuple, so that it is no submodule
-        self.shift, self.is_last, self.returns_tuple = 0.0, False, False
+        self.shift, self.is_last, self.items = 0.0, False, 0
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
         hidden = args[0] if args else kwargs.get(_HIDDEN)
         if not isinstance(hidden, Tensor):
             raise ModelError(f"{self.path}: found a call without hidden states; needed them first or as {_HIDDEN}=")
         own = ((Hidden(), *args[1:]), kwargs) if args else ((), {**kwargs, _HIDDEN: Hidden()})
         flat, spec = tree_flatten_with_path(own)
-        names, leaves = tuple(keystr(path) for path, _ in flat), tuple(leaf for _, leaf in flat)
+        names, leaves = tuple(keystr(path) for path, _ in flat), tuple(_fresh(leaf) for _, leaf in flat)
         for name, leaf in zip(names, leaves, strict=True):
-            if not isinstance(leaf, (Tensor, Hidden, *_CONSTANTS)):
+            if not isinstance(leaf, (Tensor, Hidden, Fresh, *_CONSTANTS)):
                 raise ModelError(
                     f"{self.path}: found argument {name} of type {type(leaf).__name__}; needed tensors, numbers, texts "
                     "or None; this model is not supported yet"
                 )
-        self.seen.append(Seen(self.path, hidden, names, leaves, spec))
+        self.seen.append(Seen(self.path, hidden, names, leaves, spec, self.flow.reaches(hidden)))
         if self.is_last:
             raise _Stop
-        hidden = hidden + self.shift if self.shift else hidden
-        return (hidden,) if self.returns_tuple else hidden
+        self.flow.hidden = hidden = hidden + self.shift if self.shift else hidden
+        return (hidden, *[None] * (self.items - 1)) if self.items else hidden
 
     def __getattr__(self, name: str) -> Any:
         """What the model reads off its blocks, such as ``attention_type``."""
@@ -124,6 +163,11 @@ class _Recorder(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.block[0], name)
+
+
+def _fresh(leaf: Any) -> Any:
+    """An empty mapping that blocks may fill, as one that every call is given anew."""
+    return Fresh(type(leaf)) if isinstance(leaf, MutableMapping) and not leaf else leaf
 
 
 def _load(
