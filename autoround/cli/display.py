@@ -8,6 +8,7 @@ from typing import Protocol, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 from rich.text import Text
 
 from autoround.cli.json_lines import JsonLines, Others
@@ -63,15 +64,20 @@ class LiveDisplay:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        texts = [TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[facts]}")]
-        bar = BarColumn(bar_width=20)
-        self._bar = Bar(texts[0], bar, texts[1], console=console, refresh_per_second=4, transient=True)
+        name = TextColumn("{task.description}", markup=False)
+        facts = TextColumn("{task.fields[facts]}", markup=False, table_column=Column(overflow="fold"))
+        # Colors by name follow the terminal's theme; these two can be read on light and on dark ones.
+        bar = BarColumn(20, style="bright_black", complete_style="magenta", finished_style="magenta")
+        self._bar = Bar(name, bar, facts, console=console, refresh_per_second=4, transient=True)
         self._task = self._bar.add_task("", facts="")
+        self._phase = ""
 
     def update(self, progress: Progress) -> None:
-        """Move the bar, which appears when the model is loaded: downloads have bars of their own."""
-        if progress.phase == "loading":
-            self.note(f"loading {progress.message}")
+        """Move the bar; where libraries may show bars of their own, while they load and read, it is gone for a line."""
+        before, self._phase = self._phase, progress.phase
+        if progress.phase == "loading" or (progress.phase == "calibration" and before != "calibration"):
+            self._bar.stop()
+            self.note(f"{progress.phase}: {progress.message}")
             return
         tuning = progress.phase == "tuning"
         finished = progress.block - 1 + progress.step / max(progress.steps, 1) if tuning else progress.block

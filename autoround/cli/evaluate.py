@@ -53,6 +53,8 @@ def run(values: Mapping[str, Any]) -> str:
     recipe = Recipe(**{name: values[name] for name in MODEL if name in values and name != "model"}, model=named)
     evaluation = evaluation_of(values)
     with display(sys.stderr, json="log_json" in values, debug="debug" in values) as screen:
+        if "quiet" not in values:
+            screen.update(Progress(phase="loading", block=0, blocks=0, message=named))
         return evaluate_model(recipe, evaluation, screen, quiet="quiet" in values)
 
 
@@ -87,8 +89,6 @@ def prepare(evaluation: Evaluation, *, reference: bool) -> "Prepared":
 
 def evaluate_model(recipe: Recipe, evaluation: Evaluation, screen: "Display", *, quiet: bool) -> str:
     """Evaluate a recipe's model as it is; the table."""
-    if not quiet:
-        screen.update(Progress(phase="loading", block=0, blocks=0, message=recipe.model))
     prepared = prepare(evaluation, reference=evaluation.reference is not None)
     return _measure([recipe.model], prepared, recipe, screen, quiet=quiet)
 

@@ -184,15 +184,15 @@ def run(command: Command, quantize: Quantize | None = None) -> str:
     from autoround.cli.show import show_plan
 
     with display(sys.stderr, json=command.log_json, debug=command.debug) as screen:
+        told = None if command.dry_run or quiet else screen.update
+        if told is not None:
+            told(Progress(phase="loading", block=0, blocks=0, message=recipe.model))
         for note in command.notes:
             screen.note(note)
         if evaluation.wanted and not command.quantizes and evaluate.is_quantized(recipe):
             return evaluate.evaluate_model(recipe, evaluation, screen, quiet=quiet)
         measured = evaluation.wanted and not command.dry_run
         prepared = evaluate.prepare(evaluation, reference=True) if measured else None
-        told = None if command.dry_run or quiet else screen.update
-        if told is not None:
-            told(Progress(phase="loading", block=0, blocks=0, message=recipe.model))
         runs = (quantize or _engine())(recipe.model, recipe, on_progress=told)
         if command.dry_run:
             return "\n\n".join(show_plan(run.plan, _name(run, runs)) for run in runs)

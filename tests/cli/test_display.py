@@ -1,7 +1,9 @@
 """What a terminal shows."""
 
 import io
+import re
 
+import pytest
 from rich.console import Console
 
 from autoround.cli.display import LiveDisplay, PlainDisplay, display
@@ -12,6 +14,9 @@ from tests.cli.stub import StubEngine
 TUNING = Progress(
     phase="tuning", block=3, blocks=30, step=50, steps=200, loss_first=2e-3, loss=1e-3,
     tokens_per_second=5000.0, eta_seconds=61.0, memory_bytes=1_060_000_000)  # fmt: skip
+
+LOADING = Progress(phase="loading", block=0, blocks=0, message="org/model")
+READING = Progress(phase="calibration", block=0, blocks=30, message="reading text")
 
 
 class Terminal(io.StringIO):
@@ -29,17 +34,55 @@ def test_a_terminal_gets_the_live_display_and_a_pipe_the_plain_one() -> None:
 def test_the_live_bar_tells_block_step_loss_speed_memory_and_time_left() -> None:
     stream = io.StringIO()
     screen = LiveDisplay(Console(file=stream, force_terminal=True, width=80, color_system=None))
-    screen.update(Progress(phase="calibration", block=0, blocks=30, message="reading [bold]text"))
+    screen.update(READING)
+    screen.update(Progress(phase="calibration", block=0, blocks=30, message="writing [bold]text"))
     screen.update(TUNING)
     screen.block_done(BlockDone(index=2, path="layers.2", loss_first=2e-3, loss_best=5e-4, seconds=9.0), 30)
     screen.note("found [brackets]")
     screen.stop()
     text = stream.getvalue()
-    assert "reading [bold]text" in text
+    assert "writing [bold]text" in text
     assert any("block 3/30" in line and "step 50/200  loss 2.00e-03 -> 1.00e-03" in line for line in text.splitlines())
     assert "5,000 tokens/s  1.06 GB  1:01 left" in text
     assert "block 3/30  layers.2  loss 2.000e-03 -> 5.000e-04  9.0 s\n" in text
     assert "found [brackets]\n" in text
+
+
+def test_the_bar_makes_room_for_those_of_downloads() -> None:
+    """A library's bar that redraws itself above the live one would leave a line behind each time."""
+    stream = io.StringIO()
+    screen = LiveDisplay(Console(file=stream, force_terminal=True, width=80, color_system=None))
+    for event in (LOADING, READING, TUNING, LOADING, READING):
+        screen.update(event)
+        shown = stream.getvalue().rpartition("\n")[2]  # a bar leaves the cursor in its last line
+        assert ("tokens/s" in shown) == (event is TUNING)
+    assert (
+        stream.getvalue().count("loading: org/model\n") == stream.getvalue().count("calibration: reading text\n") == 2
+    )
+    screen.stop()
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_no_line_is_wider_than_the_terminal(width: int) -> None:
+    stream = io.StringIO()
+    screen = LiveDisplay(Console(file=stream, force_terminal=True, width=width, color_system=None))
+    screen.update(TUNING)
+    screen.update(Progress(phase="export", block=3, blocks=3, message="auto_round in /" + "folder/" * 30))
+    screen.stop()
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]", stream.getvalue())]
+    assert max(map(len, lines)) <= width
+    assert "folder/" * 30 in "".join(line.removeprefix("export").strip(" ━╺╸") for line in lines)
+    assert "…" not in stream.getvalue()
+
+
+def test_colors_are_those_of_the_theme() -> None:
+    """Fixed ones are invisible on one background or the other."""
+    stream = io.StringIO()
+    screen = LiveDisplay(Console(file=stream, force_terminal=True, width=80, color_system="truecolor"))
+    screen.update(TUNING)
+    screen.stop()
+    colors = set(re.findall(r"\x1b\[([0-9;]+)m", stream.getvalue()))
+    assert colors == {"35", "90", "0"}
 
 
 def test_a_command_on_a_terminal_leaves_the_finished_blocks_there(capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
