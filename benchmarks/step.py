@@ -1,0 +1,152 @@
+"""Time of one tuning step beside that of its own matrix products alone: how near the step is to the machine's limit.
+
+A Llama block of SmolLM2's widths with random weights, tuned as the engine does: fused layers, compiled step, compute
+dtype of the backend. The bound is the products of the block's linear layers, forward and backward, timed alone in that
+dtype: outputs, gradients of weights, and gradients of inputs except those of the layers that read the block's own
+input. Rounds alternate between step, bound and one large square product.
+
+``python -m benchmarks.step [--bits N] [--group-size N] [--batch N] [--seqlen N] [--seconds N] [--eager]``
+
+Legend: B rows, T tokens in a row, O output features, I input features, D hidden size.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from autoround import func
+from autoround.backends.base import jit, select
+from autoround.model.blocks import find_blocks
+from autoround.model.capture import capture
+from autoround.model.load import open_model
+from autoround.model.read import read_block
+from benchmarks import machine
+
+WIDTHS = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+SQUARE = 2048
+WARM_UP = 3
+
+
+def make_block(
+    options: argparse.Namespace, device: torch.device, dtype: torch.dtype, attention: str
+) -> tuple[func.BlockFn, dict[str, Tensor], func.Batch, dict[str, func.QuantSpec]]:
+    """A block, its tensors, one batch, and a spec for each of its linear layers."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**WIDTHS, num_hidden_layers=1, vocab_size=1024, attn_implementation=attention)
+    model = open_model(LlamaForCausalLM(config), attn_implementation=attention)
+    (path,) = find_blocks(model.skeleton)
+    tokens_BT = torch.randint(0, 1024, (options.batch, options.seqlen))
+    valid_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
+    hidden_BTD, (template,) = capture(
+        model, tokens_BT, valid_BT, blocks=[path], batch_size=options.batch, device=device, dtype=dtype
+    )
+    call = template.bind(hidden_BTD.to(device), torch.arange(options.batch))
+    block_fn = func.make_block_fn(model.skeleton.get_submodule(path))
+    tensors = read_block(model, path, device=device)
+    with torch.no_grad():
+        target_BTD = block_fn({name: tensor.to(dtype) for name, tensor in tensors.items()}, call)
+    spec = func.QuantSpec(bits=options.bits, group_size=options.group_size)
+    specs = dict.fromkeys(func.linear_paths(block_fn.skeleton), spec)
+    return block_fn, tensors, func.Batch(call, target_BTD, valid_BT.to(device)), specs
+
+
+def make_step(options: argparse.Namespace, block: Any, dtype: torch.dtype) -> Callable[[], None]:
+    """A function that takes one step after another."""
+    block_fn, tensors, batch, specs = block
+    weights = func.split_tensors(tensors, specs)
+    fusion = func.fuse(weights.tuned, specs)
+    params = fusion.merge(func.init_params(weights.tuned))
+    frozen = {name: tensor.to(dtype) for name, tensor in weights.frozen.items()}
+    weights = func.BlockWeights(fusion.merge(weights.tuned), frozen)
+    rate = func.signsgd(func.linear_decay(1 / 200, 200))
+    optimizer = func.partition({"offset": rate, "clip": rate}, func.by_field)
+    step = jit(func.make_step(fusion.lift(block_fn), fusion.specs, optimizer, dtype=dtype), enabled=not options.eager)
+    states = [func.init_state(params, optimizer, keep_best=False)]
+
+    def take() -> None:
+        states[0], _ = step(weights, states[0], batch)
+
+    return take
+
+
+def make_bound(tensors: Mapping[str, Tensor], tokens: int, dtype: torch.dtype) -> tuple[Callable[[], None], float]:
+    """The linear layers' products alone, and their floating-point operations."""
+    products: list[tuple[Tensor, Tensor]] = []
+    operations = 0.0
+    for name, weight_OI in tensors.items():
+        if weight_OI.ndim != 2:
+            continue
+        out_features, in_features = weight_OI.shape
+        weight = weight_OI.to(dtype)
+        x = torch.randn(tokens, in_features, device=weight.device).to(dtype)
+        grad = torch.randn(tokens, out_features, device=weight.device).to(dtype)
+        own = [(x, weight.t()), (grad.t(), x)]
+        if not name.startswith(("self_attn.q", "self_attn.k", "self_attn.v")):
+            own.append((grad, weight))
+        products += own
+        operations += 2.0 * tokens * out_features * in_features * len(own)
+
+    def multiply() -> None:
+        for left, right in products:
+            torch.mm(left, right)
+
+    return multiply, operations
+
+
+def timed(runs: Mapping[str, Callable[[], None]], seconds: float, wait: Callable[[], None]) -> dict[str, float]:
+    """Median seconds of each, in rounds that alternate."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for run in (run for run in runs.values() for _ in range(WARM_UP)):
+        run()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for name, run in runs.items():
+            wait()
+            start = time.perf_counter()
+            run()
+            wait()
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(own) for name, own in taken.items()}
+
+
+def run() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--eager", action="store_true", help="without compilation")
+    options = parser.parse_args()
+    backend, device = select(options.device)
+    dtype, attention = backend.compute_dtype(), backend.attention(options.seqlen)
+    print(machine.describe())
+    print(f"{options.batch} x {options.seqlen} tokens, {options.bits} bits in groups of {options.group_size}, {dtype}, "
+          f"{attention} attention, {'eager' if options.eager else 'compiled'}")  # fmt: skip
+    block = make_block(options, device, dtype, attention)
+    start = time.perf_counter()
+    take = make_step(options, block, dtype)
+    take()
+    print(f"first step, compilation included: {time.perf_counter() - start:.1f} s")
+    bound, operations = make_bound(block[1], options.batch * options.seqlen, dtype)
+    left, right = (torch.randn(SQUARE, SQUARE, device=device).to(dtype) for _ in range(2))
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    runs = {"step": take, "bound": bound, "square": lambda: torch.mm(left, right)}
+    found = timed(runs, options.seconds, wait)  # type: ignore[arg-type]
+    print(f"step: {1e3 * found['step']:.1f} ms")
+    print(f"its linear layers' products alone: {1e3 * found['bound']:.1f} ms, "
+          f"{operations / found['bound'] / 1e9:,.0f} GFLOP/s")  # fmt: skip
+    print(f"a square product of {SQUARE}: {2 * SQUARE**3 / found['square'] / 1e9:,.0f} GFLOP/s")
+    print(f"fraction of the bound: {found['bound'] / found['step']:.2f}")
+
+
+if __name__ == "__main__":
+    run()
