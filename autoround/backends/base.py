@@ -86,17 +86,33 @@ def select(device_map: str) -> tuple[Backend, torch.device]:
         name = "cuda" if _load("cuda").available() else "cpu"
     if name.isdigit():
         name = f"cuda:{name}"
-    if "," in name or "{" in name:
+    several = [each.strip().removeprefix("cuda:") for each in name.split(",")]
+    if "{" in name or (len(several) > 1 and all(map(_here, several))):
         raise UsageError(f"device_map: found {device_map!r}; needed a single device: runs over several come later")
+    if len(several) > 1 and all(each.isdigit() for each in several):
+        raise UsageError(_lacking(device_map))
     kind, _, index = name.partition(":")
     if kind not in BACKENDS or (index and not index.isdigit()):
         raise UsageError(
             f"device_map: found {device_map!r}; needed auto, {', '.join(BACKENDS)} or a CUDA device number"
         )
     backend = _load(kind)
-    if not backend.available():
-        raise UsageError(f"device_map: found {device_map!r}, which this machine or build of torch lacks; use cpu")
+    if not backend.available() or (kind == "cuda" and index and not _here(index)):
+        raise UsageError(_lacking(device_map))
     return backend, torch.device(kind, int(index)) if index else torch.device(kind)
+
+
+def _here(index: str) -> bool:
+    """Whether this machine has the CUDA device of that number."""
+    return index.isdigit() and int(index) < torch.cuda.device_count()
+
+
+def _lacking(device_map: str) -> str:
+    """What is said of devices that are not there."""
+    count = torch.cuda.device_count()
+    has = {0: "no CUDA device that torch sees", 1: "one CUDA device, 0"}.get(count, f"CUDA devices 0 to {count - 1}")
+    use = "cpu" if count == 0 else "one of them, or auto"
+    return f"device_map: found {device_map!r}; needed a device of this machine, which has a CPU and {has}; use {use}"
 
 
 def jit(function: F, *, enabled: bool) -> F:

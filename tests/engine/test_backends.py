@@ -30,12 +30,30 @@ def test_auto_is_the_cpu_where_there_is_nothing_else() -> None:
 
 
 @NO_GPU
-@pytest.mark.parametrize("name", ["cuda", "cuda:0", "0", "7"])
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "0", "7", "0,1,2,3", "cuda:0, cuda:1"])
 def test_a_device_that_is_not_there(name: str) -> None:
-    with pytest.raises(
-        UsageError, match=f"device_map: found '{name}', which this machine or build of torch lacks; use"
-    ):
+    has = "a device of this machine, which has a CPU and no CUDA device that torch sees; use cpu"
+    with pytest.raises(UsageError, match=f"^device_map: found '{name}'; needed {has}$"):
         select(name)
+
+
+@pytest.mark.parametrize(
+    ("count", "name", "has"),
+    [
+        (1, "1", "one CUDA device, 0; use one of them, or auto"),
+        (1, "0,1,2,3", "one CUDA device, 0; use one of them, or auto"),
+        (2, "cuda:2", "CUDA devices 0 to 1; use one of them, or auto"),
+        (2, "cuda:0,cuda:2", "CUDA devices 0 to 1; use one of them, or auto"),
+    ],
+)
+def test_a_number_that_is_too_large_is_told_which_there_are(
+    count: int, name: str, has: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UsageError, match=f"found '{name}'; needed a device of this machine, which has a CPU and {has}"):
+        select(name)
+    assert select("0")[1] == torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize("name", ["tpu", "xpu", "hpu", "", "gpu", "cuda:first", "cpu:x", "-1"])
@@ -45,7 +63,8 @@ def test_names_that_are_no_device(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["0,1", "cuda:0,cuda:1", "{'model': 0}"])
-def test_several_devices_come_later(name: str) -> None:
+def test_several_devices_come_later(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UsageError, match="needed a single device"):
         select(name)
 
