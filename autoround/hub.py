@@ -22,6 +22,7 @@ from autoround.errors import FormatError, ModelError
 from autoround.formats.gguf.container import read_tensors
 from autoround.formats.packed import PackedLinear, StoredLinear
 from autoround.formats.stored import METHODS, Stored, stored
+from autoround.model.buffers import refill
 from autoround.model.names import match_names
 from autoround.model.source import read_header
 
@@ -60,6 +61,8 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         del kwargs
+        packed = (path for path, module in model.named_modules() if isinstance(module, StoredLinear | PackedLinear))
+        refill(model, (path.rpartition(".")[0] for path in packed))
         for path, module in list(model.named_modules()):
             if isinstance(module, StoredLinear):
                 self._repacked = True

@@ -21,6 +21,7 @@ class LayerShape:
         in_features: columns of the weight, along which groups run.
         tied_to: path of the module whose weight it shares, as an output head may that of the embedding; else empty.
         linear: False for other kinds of module, such as GPT-2's Conv1D.
+        fixed: why it stays in high precision whatever anybody wants; empty where it need not.
     """
 
     path: str
@@ -28,6 +29,7 @@ class LayerShape:
     in_features: int
     tied_to: str = ""
     linear: bool = True
+    fixed: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,6 +279,8 @@ def left_alone(layer: LayerShape) -> LayerPlan:
 
 def misfit(layer: LayerShape, rules: Sequence[FormatRules]) -> str:
     """Why some format cannot take a layer, whatever its spec; empty if all can."""
+    if layer.fixed:
+        return layer.fixed
     multiple = max((rule.multiple for rule in rules), default=1)
     if layer.in_features % multiple or layer.out_features % multiple:
         return f"{layer.out_features}x{layer.in_features} is not a multiple of {multiple}"

@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from autoround.func import optim
 from autoround.func.rounding import fake_quantize, nearest
@@ -105,8 +105,14 @@ def make_gradient(
             output_BTD = block_fn(block_weights(weights, own, specs, dtype), batch.call)
             return loss(output_BTD, batch.target_BTD, batch.valid_BT)
 
-        grads, value = torch.func.grad_and_value(objective)(params)
-        return grads, value
+        if torch.compiler.is_compiling():
+            grads, value = torch.func.grad_and_value(objective)(params)
+            return grads, value
+        with torch.enable_grad():  # which takes blocks with an autograd.Function of their own too
+            leaves, tree = tree_flatten(tree_map(lambda leaf: leaf.detach().requires_grad_(), params))
+            value = objective(tree_unflatten(leaves, tree))
+            found = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+        return tree_unflatten(found, tree), value.detach()
 
     return gradient
 

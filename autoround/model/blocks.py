@@ -1,5 +1,6 @@
 """The structure of a model, found from its modules."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 from torch import nn
@@ -7,24 +8,25 @@ from transformers import PreTrainedModel
 
 from autoround.errors import ModelError
 from autoround.func import linear_paths
+from autoround.model.reads import read_directly
 from autoround.plan import BlockShape, LayerShape, Structure
+
+_READ_ITSELF = "the model computes with its weight without calling it"
+_SHARED = "several blocks share its weight"
 
 
 def find_blocks(skeleton: PreTrainedModel) -> tuple[str, ...]:
     """Paths of the transformer blocks: the items of the decoder's outermost module lists, in definition order.
 
-    Lists of plain layers, such as adapters, are not blocks. ``capture`` checks that the order is that of the calls.
+    Where what transformers takes for the decoder has none, those of the whole model are meant. Lists of plain layers,
+    such as adapters, are not blocks. ``capture`` checks that the order is that of the calls.
 
     Raises:
         ModelError: there are none.
     """
     decoder = skeleton.get_decoder()
     prefix = next(path for path, module in skeleton.named_modules() if module is decoder)
-    lists: list[str] = []
-    for path, module in decoder.named_modules(prefix=prefix):
-        nested = any(path.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, nn.ModuleList) and not nested and any(_is_block(item) for item in module):
-            lists.append(path)
+    lists = _lists(decoder, prefix) or _lists(skeleton, "")
     blocks = tuple(f"{path}.{index}" for path in lists for index in range(len(skeleton.get_submodule(path))))
     if not blocks:
         raise ModelError(
@@ -41,10 +43,14 @@ def structure(skeleton: PreTrainedModel) -> Structure:
         ModelError: no blocks are found.
     """
     blocks = find_blocks(skeleton)
-    owners: dict[int, str] = {}
+    owners: dict[int, list[str]] = defaultdict(list)
     for name, parameter in skeleton.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), name.rpartition(".")[0])
-    layers = tuple(_shape(skeleton.get_submodule(path), path, owners) for path in linear_paths(skeleton))
+        owners[id(parameter)].append(name.rpartition(".")[0])
+    fixed = {path: _READ_ITSELF for path in read_directly(skeleton)}
+    for paths in owners.values():
+        shared = [path for path in paths if path.startswith(tuple(f"{block}." for block in blocks))]
+        fixed.update((path, _SHARED) for path in shared if len(shared) > 1)
+    layers = tuple(_shape(skeleton, path, owners, fixed.get(path, "")) for path in linear_paths(skeleton))
     return Structure(
         architecture=type(skeleton).__name__,
         blocks=tuple(
@@ -63,19 +69,31 @@ def embedding(skeleton: PreTrainedModel) -> LayerShape:
     return LayerShape(path=path, out_features=rows, in_features=columns)
 
 
+def _lists(root: nn.Module, prefix: str) -> list[str]:
+    """Paths of the outermost lists of blocks."""
+    lists: list[str] = []
+    for path, module in root.named_modules(prefix=prefix):
+        nested = any(path.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and not nested and any(_is_block(item) for item in module):
+            lists.append(path)
+    return lists
+
+
 def _is_block(module: nn.Module) -> bool:
     paths = linear_paths(module)
     return bool(paths) and "" not in paths
 
 
-def _shape(layer: nn.Module, path: str, owners: Mapping[int, str]) -> LayerShape:
+def _shape(skeleton: nn.Module, path: str, owners: Mapping[int, list[str]], fixed: str) -> LayerShape:
+    layer = skeleton.get_submodule(path)
     weight = layer.get_parameter("weight")
     out_features, in_features = weight.shape if isinstance(layer, nn.Linear) else reversed(weight.shape)
-    owner = owners[id(weight)]
+    owner = owners[id(weight)][0]
     return LayerShape(
         path=path,
         out_features=out_features,
         in_features=in_features,
         tied_to=owner if owner != path else "",
         linear=isinstance(layer, nn.Linear),
+        fixed=fixed,
     )

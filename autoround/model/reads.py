@@ -1,0 +1,100 @@
+"""Layers whose weights a model reads itself, as Mamba does that of ``dt_proj``: no packed layer can replace them."""
+
+import copy
+import dis
+import inspect
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+from types import FunctionType
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from autoround.func import linear_paths
+
+# Methods that give weights their first values; forwards call none of them.
+_BEGINNINGS = ("__init__", "_init", "init", "reset")
+_TOKENS = 4
+
+
+def read_directly(skeleton: PreTrainedModel) -> frozenset[str]:
+    """Paths of the linear layers whose weights are read by other modules in a forward.
+
+    Where the code of some class says so, a forward without data tells whether that happens; if the model does not run
+    without data, the code is believed.
+    """
+    linear = (path for path in linear_paths(skeleton) if isinstance(skeleton.get_submodule(path), nn.Linear))
+    suspects = [path for path in linear if _suspected(skeleton, path)]
+    if not suspects:
+        return frozenset()
+    with FakeTensorMode(), torch.no_grad():
+        model = _without_data(skeleton)
+        watched = {path: _Watched(model.get_submodule(path)) for path in suspects}
+        for path, module in watched.items():
+            model.set_submodule(path, module)
+        try:
+            model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.int64), use_cache=False)
+        except (RuntimeError, NotImplementedError, ValueError, TypeError):
+            return frozenset(suspects)
+    return frozenset(path for path, module in watched.items() if module.is_read)
+
+
+def _without_data(skeleton: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose tensors have shapes and dtypes alone, weights those of most checkpoints."""
+    memo: dict[int, object] = {
+        id(buffer): torch.empty(buffer.shape, dtype=buffer.dtype) for buffer in skeleton.buffers()
+    }
+    for parameter in skeleton.parameters():
+        dtype = torch.bfloat16 if parameter.is_floating_point() else parameter.dtype
+        memo[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False)
+    return copy.deepcopy(skeleton, memo)
+
+
+class _Watched(nn.Linear):
+    """A linear layer that notes whether others read its weight."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.is_read = False
+        vars(self).update(vars(layer))
+
+    @property
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        self.is_read = True
+        return self.get_parameter("weight")
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        parameter = self._parameters[target]
+        assert parameter is not None
+        return parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.get_parameter("weight"), self.bias)
+
+
+def _suspected(skeleton: nn.Module, path: str) -> bool:
+    """Whether the class of a module above a layer has a method that says ``<the layer's name>.weight``."""
+    *above, name = path.split(".")
+    parents = (skeleton.get_submodule(".".join(above[:depth])) for depth in range(len(above) + 1))
+    return any(name in _weights_read(type(parent)) for parent in parents)
+
+
+@cache
+def _weights_read(kind: type[nn.Module]) -> frozenset[str]:
+    """Names x of which the methods of a class say ``x.weight``."""
+    return frozenset(_say(kind))
+
+
+def _say(kind: type[nn.Module]) -> Iterator[str]:
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        if base.__module__.startswith(("torch.", "transformers.modeling_utils", "transformers.generation")):
+            continue
+        for name, method in vars(base).items():
+            function = inspect.unwrap(method) if callable(method) else None
+            if isinstance(function, FunctionType) and not name.startswith(_BEGINNINGS):
+                for one, two in pairwise(dis.get_instructions(function)):
+                    if one.opname == two.opname == "LOAD_ATTR" and two.argval == "weight":
+                        yield str(one.argval)
