@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint format clients intel-table client-environments clean
+.PHONY: demo test lint format clients docs intel-table settings client-environments clean
 
 demo: $(INSTALLED)
 	$(BIN)/python benchmarks/demo.py
@@ -25,6 +25,12 @@ format: $(INSTALLED)
 # Runs every client and writes docs/formats.md.
 clients: client-environments
 	AUTOROUND_CLIENT_VENV=$(CURDIR)/.venv-clients $(BIN)/pytest -q tests/clients -m clients --client-table docs/formats.md
+
+docs: intel-table settings
+
+# Writes docs/settings.md.
+settings: $(INSTALLED)
+	$(BIN)/python -m tests.cli.settings_page
 
 # Writes docs/coming_from_auto_round.md.
 intel-table: $(INSTALLED)
