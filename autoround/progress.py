@@ -1,9 +1,8 @@
 """What a run tells while it works. Torch-free."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Literal
 
 REPORT_SECONDS = 0.25
@@ -95,7 +94,7 @@ class Meter:
         """A block begins."""
         self._block = index + 1
         self._block_start = self._tuning_start = self._step_end = time.monotonic()
-        usual = median(self._taken[1:] or self._taken) if self._taken else None
+        usual = _median(self._taken[1:] or self._taken) if self._taken else None
         self._tell("tuning", path, None if usual is None else usual * (self._blocks - index))
 
     def step(self, step: int, tokens: int, loss: Callable[[], float]) -> None:
@@ -125,7 +124,7 @@ class Meter:
             return pace * (self._steps * (self._blocks - self._block + 1) - step + 1) if step > 1 else None
         usual = self._tuning_start - self._block_start + self._after_first
         if len(self._taken) > 1:
-            usual = median(self._taken[1:])
+            usual = _median(self._taken[1:])
         share = step / self._steps if step > 1 else 0.0
         by_pace = pace * (self._steps - step) + self._after_last
         by_latest = max(self._after_first - (now - self._tuning_start), 0.0)
@@ -141,3 +140,9 @@ class Meter:
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._start
+
+
+def _median(values: Sequence[float]) -> float:
+    """The module statistics takes a while to import."""
+    ordered, count = sorted(values), len(values)
+    return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
