@@ -1,7 +1,7 @@
 """Where parameters start: clips found by an activation-weighted search before any step is taken.
 
 Legend: O output features, I input features, G groups in a row, S columns in a group, C candidates, N groups of a slice,
-B samples, T tokens.
+B samples, T tokens, M rows of a layer's inputs.
 """
 
 from collections.abc import Iterable, Mapping
@@ -51,7 +51,10 @@ def second_moments(
 
     def observe(path: str, valid_BT: Tensor, module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
         del module  # the hook's signature
-        x_I = (args[0].float().square() * valid_BT.unsqueeze(-1)).flatten(0, -2).sum(0)
+        square_MI, valid_M = args[0].float().square().flatten(0, -2), valid_BT.flatten()
+        if len(square_MI) % len(valid_M) == 0:  # else its inputs are no tokens, and all of them count
+            square_MI = square_MI * valid_M.repeat_interleave(len(square_MI) // len(valid_M)).unsqueeze(-1)
+        x_I = square_MI.sum(0)
         sums[path] = sums[path] + x_I if path in sums else x_I
 
     for call, valid_BT in inputs:

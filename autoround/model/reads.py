@@ -79,7 +79,7 @@ def _suspected(skeleton: nn.Module, path: str) -> bool:
     """Whether the class of a module above a layer has a method that says ``<the layer's name>.weight``."""
     *above, name = path.split(".")
     parents = (skeleton.get_submodule(".".join(above[:depth])) for depth in range(len(above) + 1))
-    return any(name in _weights_read(type(parent)) for parent in parents)
+    return any(name in _weights_read(type(parent)) for parent in parents)  # type: ignore[arg-type]
 
 
 @cache
