@@ -19,6 +19,7 @@ from autoround.errors import DataError, ModelError
 from autoround.evaluate.scores import TokenScores, join, score
 from autoround.model.blocks import embedding, find_blocks
 from autoround.model.capture import capture
+from autoround.model.carry import strip
 from autoround.model.load import OpenModel
 from autoround.model.read import read_block
 from autoround.model.record import RecordingModel
@@ -75,6 +76,7 @@ class Outputs(RecordingModel):
         columns = embedding(model.skeleton).in_features
         self._model.set_input_embeddings(_NoEmbedding(columns, streaming))  # whose weights are not needed
         self.set_items(items)
+        self._last = model.skeleton.get_submodule(self._blocks[-1])
         self._hidden_C1D = torch.empty(0)
         self._recorders[-1].is_last = False
         self._recorders[-1].register_forward_hook(self._replace)
@@ -82,7 +84,7 @@ class Outputs(RecordingModel):
     def logits(self, hidden_CD: Tensor) -> Tensor:
         """Logits (C, V) of single tokens, from the last block's outputs."""
         self._seen.clear()
-        self._hidden_C1D = hidden_CD[:, None].to(self._device)
+        self._hidden_C1D = strip(self._last, hidden_CD[:, None]).to(self._device)
         tokens_C1 = torch.zeros(len(hidden_CD), 1, dtype=torch.int64, device=self._device)
         with torch.no_grad():
             logits_C1V: Tensor = self._model(input_ids=tokens_C1, use_cache=False).logits
@@ -172,10 +174,13 @@ def _run_blocks(model: OpenModel, rows: Rows, streaming: Streaming, on_block: Ca
         block_fn = func.make_block_fn(model.skeleton.get_submodule(path))
         block_fn.skeleton.register_forward_hook(lambda block, args, output: items.append(_count(output)))
         tensors = read_block(model, path, dtype=streaming.dtype, device=device)
+        before_NTD = hidden_NTD
         with torch.no_grad():
-            for rows_B in torch.split(torch.arange(len(hidden_NTD)), streaming.batch_size):
-                call = template.bind(hidden_NTD[rows_B].to(device), rows_B)
-                hidden_NTD[rows_B] = block_fn(tensors, call).to(hidden_NTD)
+            for rows_B in torch.split(torch.arange(len(before_NTD)), streaming.batch_size):
+                output_BTD = block_fn(tensors, template.bind(before_NTD[rows_B].to(device), rows_B))
+                if output_BTD.shape[2:] != hidden_NTD.shape[2:]:  # it hands something to later blocks
+                    hidden_NTD = before_NTD.new_empty(*before_NTD.shape[:2], *output_BTD.shape[2:])
+                hidden_NTD[rows_B] = output_BTD.to(hidden_NTD)
     return _Ended(model, hidden_NTD, items[-1])
 
 

@@ -1,7 +1,7 @@
 """The arguments of a block's calls, each distinct tensor kept once, and calls for any choice of samples."""
 
 import hashlib
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,9 +20,7 @@ class Hidden:
 
 @dataclass(frozen=True, slots=True)
 class Fresh:
-    """Stands for an empty mapping of the model's own, which every call is given anew."""
-
-    kind: type[MutableMapping[Any, Any]]
+    """Stands for an empty mapping of the model's own, in place of which every call is given a new ``dict``."""
 
 
 class Seen(NamedTuple):
@@ -99,7 +97,7 @@ class CallTemplate:
             if isinstance(leaf, PerSample):
                 return leaf.take(rows, device)
             if isinstance(leaf, Fresh):
-                return leaf.kind()
+                return {}
             return leaf.tensor.to(device) if isinstance(leaf, Shared) else leaf
 
         args, kwargs = tree_unflatten([fill(leaf) for leaf in self.leaves], self.spec)

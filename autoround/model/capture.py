@@ -14,6 +14,7 @@ from torch import Tensor
 from autoround.errors import ModelError
 from autoround.model.calls import CallTemplate as CallTemplate
 from autoround.model.calls import Seen, Tape, check_constants
+from autoround.model.carry import attach, fold
 from autoround.model.load import OpenModel
 from autoround.model.record import RecordingModel
 
@@ -46,7 +47,7 @@ def capture(
     """Record the calls of all blocks; only tensors outside the blocks are read, each when its module is first called.
 
     Args:
-        model: an opened model.
+        model: an opened model; its blocks learn to carry what they hand to later ones, see ``attach``.
         tokens_NT: int64 token ids. What is captured is kept on their device.
         valid_NT: bool, False for padding tokens.
         blocks: paths of all blocks in call order, from ``find_blocks``.
@@ -70,13 +71,19 @@ def capture(
     first = padded.new_zeros(1)
     one, two = run(first), run(first.repeat(2), shift=1.0)
     _check_flow(one)
+    attach(model.skeleton, one)
+    one, two = _folded(one), _folded(two)
     tape = Tape(one, [_batch_axes(*calls) for calls in zip(one, two, strict=True)], tokens_NT.device)
     hidden_NTD = torch.empty(*tokens_NT.shape, *one[0].hidden.shape[2:], dtype=dtype, device=tokens_NT.device)
     for rows_B in torch.arange(len(tokens_NT), device=tokens_NT.device).split(batch_size):
-        calls = run(rows_B)
+        calls = _folded(run(rows_B))
         hidden_NTD[rows_B] = calls[0].hidden[: len(rows_B)].to(hidden_NTD)
         tape.add(calls, len(rows_B))
     return Captured(hidden_NTD, tape.templates())
+
+
+def _folded(calls: Sequence[Seen]) -> list[Seen]:
+    return [call._replace(hidden=fold(call.hidden)) for call in calls]
 
 
 def _check_flow(calls: Sequence[Seen]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from autoround.model.carry import strip
 from autoround.model.load import OpenModel
 from autoround.model.record import RecordingModel
 
@@ -62,6 +63,7 @@ class Ending(RecordingModel):
         inside = RecordingModel(model, blocks, device, dtype)
         inside(torch.zeros(1, 1, dtype=torch.int64), None, shift=0.0)  # finds out what blocks return
         self.set_items(inside.items)
+        self._last = model.skeleton.get_submodule(blocks[-1])
         self._hidden_BTD = torch.empty(0)
         self._recorders[-2].register_forward_hook(self._replace)
 
@@ -84,7 +86,10 @@ class Ending(RecordingModel):
         """
         padded = not bool(valid_NT.all())
         for rows_B in torch.arange(len(tokens_NT)).split(batch_size):
-            self._hidden_BTD, valid_BT = hidden_NTD[rows_B].to(self._device), valid_NT[rows_B].to(self._device)
+            self._hidden_BTD, valid_BT = (
+                strip(self._last, hidden_NTD[rows_B]).to(self._device),
+                valid_NT[rows_B].to(self._device),
+            )
             calls = self(tokens_NT[rows_B].to(self._device), valid_BT if padded else None, shift=0.0)
             yield calls[-1].hidden, valid_BT
 

@@ -1,6 +1,5 @@
 """Layers whose weights a model reads itself, as Mamba does that of ``dt_proj``: no packed layer can replace them."""
 
-import copy
 import dis
 import inspect
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from autoround.func import linear_paths
+from autoround.model.copies import without_data
 
 # Methods that give weights their first values; forwards call none of them.
 _BEGINNINGS = ("__init__", "_init", "init", "reset")
@@ -31,7 +31,7 @@ def read_directly(skeleton: PreTrainedModel) -> frozenset[str]:
     if not suspects:
         return frozenset()
     with FakeTensorMode(), torch.no_grad():
-        model = _without_data(skeleton)
+        model = without_data(skeleton)
         watched = {path: _Watched(model.get_submodule(path)) for path in suspects}
         for path, module in watched.items():
             model.set_submodule(path, module)
@@ -40,17 +40,6 @@ def read_directly(skeleton: PreTrainedModel) -> frozenset[str]:
         except (RuntimeError, NotImplementedError, ValueError, TypeError):
             return frozenset(suspects)
     return frozenset(path for path, module in watched.items() if module.is_read)
-
-
-def _without_data(skeleton: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose tensors have shapes and dtypes alone, weights those of most checkpoints."""
-    memo: dict[int, object] = {
-        id(buffer): torch.empty(buffer.shape, dtype=buffer.dtype) for buffer in skeleton.buffers()
-    }
-    for parameter in skeleton.parameters():
-        dtype = torch.bfloat16 if parameter.is_floating_point() else parameter.dtype
-        memo[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False)
-    return copy.deepcopy(skeleton, memo)
 
 
 class _Watched(nn.Linear):

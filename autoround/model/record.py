@@ -60,7 +60,8 @@ class RecordingModel:
             The call of every block.
 
         Raises:
-            ModelError: blocks are not called once each in the order given, or not with hidden states (B, T, …).
+            ModelError: blocks are not called once each in the order given, or not with hidden states (B, T, D) or
+                several streams of them, (S, B, T, D).
         """
         calls = self._run(tokens_BT, valid_BT, shift)
         called = [call.block for call in calls]
@@ -70,9 +71,9 @@ class RecordingModel:
                 f"{self._blocks[0]} … {self._blocks[-1]} once each in this order; this model is not supported yet"
             )
         for call in calls:
-            if call.hidden.shape[:2] != tokens_BT.shape:
-                shape = tuple(call.hidden.shape)
-                raise ModelError(f"{call.block}: found hidden states of shape {shape}; needed (batch, tokens, …)")
+            shape = tuple(call.hidden.shape)
+            if len(shape) < 3 or shape[-3:-1] != tokens_BT.shape:
+                raise ModelError(f"{call.block}: found hidden states of shape {shape}; needed (batch, tokens, size)")
         return calls
 
     @property
@@ -167,7 +168,7 @@ class _Recorder(nn.Module):
 
 def _fresh(leaf: Any) -> Any:
     """An empty mapping that blocks may fill, as one that every call is given anew."""
-    return Fresh(type(leaf)) if isinstance(leaf, MutableMapping) and not leaf else leaf
+    return Fresh() if isinstance(leaf, MutableMapping) and not leaf else leaf
 
 
 def _load(
