@@ -24,6 +24,7 @@ from autoround.model.blocks import embedding, structure
 from autoround.model.capture import CallTemplate, capture
 from autoround.model.finish import Ending, head_path, mean_square, read_weight
 from autoround.model.load import open_model
+from autoround.model.oddities import needed_numerics
 from autoround.model.read import read_block
 from autoround.model.sample import Sampler
 from autoround.plan import FormatRules, Plan, Structure, check_format, check_head
@@ -122,6 +123,7 @@ class Run:
         )
         shape = dataclasses.replace(structure(self.model.skeleton), head=head_path(self.model.skeleton))
         self._head = shape.head
+        recorded = {**needed_numerics(self.model.config.model_type), **recorded}
         self.plan: Plan = self._planned(shape, format_rules)
         self._numerics = self._choose_numerics(attention, recorded)
         self._meter = Meter(len(self.plan.parts), recipe.iters, self._backend.memory_bytes, on_progress)
