@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 from autoround.errors import FormatError, ModelError
 from autoround.formats.stored import Stored, stored
 from autoround.func.types import IntCodes
-from autoround.model.blocks import structure
+from autoround.model.experts import describe
 from autoround.model.load import CONFIG, OpenModel, folder_config
-from autoround.model.names import match_names
+from autoround.model.names import Pieces, match_names
 from autoround.model.skeleton import build_skeleton
-from autoround.model.source import read_headers, read_tensor
+from autoround.model.source import read_headers, read_stack, read_tensor, stack_shape
 from autoround.plan import Plan, recorded
-from autoround.spec import QuantSpec
+from autoround.spec import QuantSpec, WeightSpec
 
 
 class PackedSource:
@@ -39,10 +39,19 @@ class PackedSource:
         taken = {f"{layer}.{kind}" for layer, kinds in self._packed.items() for kind in kinds}
         floats = [key for key in self._heads if key not in taken]
         weights = [f"{layer}.weight" for layer in self._packed]
-        self._keys = match_names(skeleton, [*floats, *weights], self._where)
+        single, self._stacked = match_names(skeleton, [*floats, *weights], self._where)
+        self._keys = {**single, **{name: pieces[0][0] for name, pieces in self._stacked.items()}}
         self._names = tuple(name for name, key in self._keys.items() if key in self._heads)
-        self.layers = {name.removesuffix(".weight"): key.removesuffix(".weight")
-                       for name, key in self._keys.items() if key not in self._heads}  # fmt: skip
+        # Path of a packed layer -> names of its matrices in the checkpoint: one, or those of a stack of experts.
+        self.layers = {}
+        for name, key in self._keys.items():
+            keys = [each for expert in self._stacked.get(name, ((key,),)) for each in expert]
+            if packed := [each for each in keys if each not in self._heads]:
+                if len(packed) != len(keys):
+                    raise ModelError(
+                        f"{self._where}: {name}: found only {packed[0]} packed; needed all experts or none"
+                    )
+                self.layers[name.removesuffix(".weight")] = tuple(each.removesuffix(".weight") for each in keys)
 
     def names(self) -> tuple[str, ...]:
         return self._names
@@ -52,7 +61,13 @@ class PackedSource:
             raise ModelError(f"{self._where}: found no tensor {name}; needed all parameters; download it again")
         return self._keys[name]
 
+    def pieces(self, name: str) -> Pieces:
+        self.checkpoint_name(name)
+        return self._stacked.get(name, ())
+
     def shape(self, name: str) -> tuple[int, ...]:
+        if pieces := self.pieces(name):
+            return stack_shape(self._heads, pieces, f"{self._where}: {name}")
         return tuple(self._heads[self.checkpoint_name(name)].shape)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -64,21 +79,30 @@ class PackedSource:
                      if head is not None and head.is_floating_point()), torch.float16)  # fmt: skip
 
     def read(self, name: str) -> Tensor:
-        key = self.checkpoint_name(name)
-        return read_tensor(self._files[key], key)
+        key, pieces = self.checkpoint_name(name), self.pieces(name)
+        return read_stack(self._files, pieces, self.shape(name)) if pieces else read_tensor(self._files[key], key)
 
-    def zero_points(self, path: str) -> dict[str, Tensor]:
-        """The tensors with zero points of a packed layer by their last names."""
-        layer = self.layers[path]
-        keys = {kind: f"{layer}.{kind}" for kind in self._packed[layer] if "zero" in kind}
-        return {kind: read_tensor(self._files[key], key) for kind, key in keys.items()}
+    def heads(self, path: str) -> list[dict[str, Tensor]]:
+        """The tensors of a packed layer by their last names, without data, for each of its matrices."""
+        return [self._packed[layer] for layer in self.layers[path]]
 
-    def packed(self, path: str, *, data: bool = True) -> dict[str, Tensor]:
-        """The tensors of a packed layer by their last names."""
-        layer = self.layers[path]
-        if not data:
-            return self._packed[layer]
-        keys = {kind: f"{layer}.{kind}" for kind in self._packed[layer]}
+    def zero_points(self, path: str) -> list[dict[str, Tensor]]:
+        """The same of tensors with zero points, with data."""
+        return [self._read(layer, [kind for kind in self._packed[layer] if "zero" in kind])
+                for layer in self.layers[path]]  # fmt: skip
+
+    def packed(self, path: str) -> dict[str, Tensor]:
+        """The tensors of a packed layer of a single matrix by their last names."""
+        (layer,) = self.layers[path]
+        return self._read(layer, self._packed[layer])
+
+    def matrices(self, path: str) -> Iterator[dict[str, Tensor]]:
+        """The same for every matrix of a packed layer."""
+        for layer in self.layers[path]:
+            yield self._read(layer, self._packed[layer])
+
+    def _read(self, layer: str, kinds: Iterable[str]) -> dict[str, Tensor]:
+        keys = {kind: f"{layer}.{kind}" for kind in kinds}
         return {kind: read_tensor(self._files[key], key) for kind, key in keys.items()}
 
 
@@ -104,14 +128,21 @@ class QuantizedModel:
         Raises:
             FormatError: the columns of a layer are not in order; names it.
         """
-        part, codes = self.plan.parts[index], {}
-        for relative, spec in part.specs.items():
-            path = f"{part.prefix}{relative}"
-            try:
-                codes[relative] = self.layout.codes(self.source.packed(path), spec)
-            except FormatError as error:
-                raise FormatError(f"{path}: {error}") from error
-        return codes
+        part = self.plan.parts[index]
+        return {relative: self.codes(f"{part.prefix}{relative}", spec) for relative, spec in part.specs.items()}
+
+    def codes(self, path: str, spec: WeightSpec) -> IntCodes:
+        """Codes of a layer; those of all experts, one below the other, for a stack.
+
+        Raises:
+            FormatError: the columns are not in order; names the layer.
+        """
+        try:
+            assert isinstance(spec, QuantSpec), "no folder of safetensors holds other codes"
+            found = [self.layout.codes(tensors, spec) for tensors in self.source.matrices(path)]
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}") from error
+        return found[0] if len(found) == 1 else IntCodes(*(torch.cat(fields) for fields in zip(*found, strict=True)))
 
 
 def open_quantized(folder: Path, *, trust_remote_code: bool = False) -> QuantizedModel:
@@ -132,15 +163,19 @@ def open_quantized(folder: Path, *, trust_remote_code: bool = False) -> Quantize
     config = folder_config(folder, trust_remote_code=trust_remote_code, quantized=True)
     skeleton = build_skeleton(config, str(folder), trust_remote_code=trust_remote_code)
     source = PackedSource(folder, skeleton, layout)
-    shape = structure(skeleton)
+    shape = describe(skeleton)
     layers = {layer.path: layer for block in shape.blocks for layer in block.layers}
     layers |= {layer.path: layer for layer in shape.outside}
     specs = {}
     for path in source.layers:
         if path not in layers:
             raise FormatError(f"{folder}: found packed tensors of {path}; needed those of linear layers")
-        spec = layout.spec(source.packed(path, data=False), layers[path].in_features, path)
-        specs[path] = replace(spec, sym=layout.is_symmetric(source.zero_points(path), spec))
+        stored_as = {layout.spec(heads, layers[path].in_features, path) for heads in source.heads(path)}
+        if len(stored_as) > 1:
+            raise FormatError(f"{folder}: {path}: found experts of different bits or groups; needed equal ones")
+        spec = stored_as.pop()
+        symmetric = all(layout.is_symmetric(zeros, spec) for zeros in source.zero_points(path))
+        specs[path] = replace(spec, sym=symmetric)
     if not specs:
         raise FormatError(f"{folder}: found no packed layers; needed tensors named {', '.join(layout.needed)}")
     model = OpenModel(

@@ -1,7 +1,7 @@
 """The engine: the one loop over blocks. It feeds the functional tuner, writes the journal and reports progress."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import transformers
 from torch import Tensor, nn
 
 from autoround import __version__, config, func
-from autoround.backends.base import Numerics, select
+from autoround.backends.base import select
+from autoround.coverage import is_token_count, token_stats
 from autoround.data.tokens import Calibration, load_calibration, needs_tokenizer
 from autoround.errors import AutoRoundError, UsageError
 from autoround.export import Target, origin, write_formats
@@ -20,22 +21,21 @@ from autoround.formats.gguf.plan import plan_file
 from autoround.formats.registry import rules
 from autoround.formats.writer import check_folder, parse_size
 from autoround.journal import MANIFEST, Journal, digest, open_journal, read_manifest
-from autoround.model.blocks import embedding, structure
+from autoround.model.blocks import embedding
 from autoround.model.capture import CallTemplate, capture
+from autoround.model.experts import describe
 from autoround.model.finish import Ending, head_path, mean_square, read_weight
 from autoround.model.load import open_model
 from autoround.model.oddities import needed_numerics
 from autoround.model.read import read_block
 from autoround.model.sample import Sampler
+from autoround.numerics import choose_numerics
 from autoround.plan import FormatRules, Plan, Structure, check_format, check_head
 from autoround.progress import BlockDone, Meter, Progress
 from autoround.recipe import Recipe
 from autoround.resolve import resolve
-from autoround.spec import GgufSpec
 from autoround.tuner import MOMENT_ROWS, BlockTuner, Inputs, Stream
 
-# Weights from which on compiling their search takes less time than it saves, as measured on two cores.
-COMPILE_SEARCHED = 100_000_000
 # Settings that decide no code by themselves: what they stand for is in the manifest in another form, or nothing is.
 FREE_SETTINGS = frozenset({
     "model", "revision", "cache_dir", "token", "trust_remote_code", "dataset", "format", "output_dir", "overwrite",
@@ -121,11 +121,13 @@ class Run:
             tokenizer=tokenizer,
             attn_implementation=attention,
         )
-        shape = dataclasses.replace(structure(self.model.skeleton), head=head_path(self.model.skeleton))
+        shape = dataclasses.replace(describe(self.model.skeleton), head=head_path(self.model.skeleton))
         self._head = shape.head
         recorded = {**needed_numerics(self.model.config.model_type), **recorded}
         self.plan: Plan = self._planned(shape, format_rules)
-        self._numerics = self._choose_numerics(attention, recorded)
+        self._numerics = choose_numerics(
+            recipe, self.plan, self._backend, self._device, {"attention": attention, **recorded}
+        )
         self._meter = Meter(len(self.plan.parts), recipe.iters, self._backend.memory_bytes, on_progress)
         self._journal: Journal | None = None
         self._origin = origin(
@@ -149,7 +151,8 @@ class Run:
         journal = self._journal
         finished = journal.finished()
         for index in range(finished):
-            yield self._meter.resumed(index, self.plan.parts[index].title, journal.read_stats(index))
+            stats = {name: value for name, value in journal.read_stats(index).items() if not is_token_count(name)}
+            yield self._meter.resumed(index, self.plan.parts[index].title, stats)
         if finished < len(self.plan.parts):
             yield from self._tune_blocks(journal, calibration, finished)
         journal.drop_activations()
@@ -208,31 +211,6 @@ class Run:
             settings=recipe.layer_settings,
             head=recipe.quant_lm_head,
         )
-
-    @property
-    def _searched(self) -> int:
-        """Weights whose clips are searched, those of GGUF blocks thrice: so much more is tried for them."""
-        if not self.recipe.searches_clips:
-            return 0
-        layers = [layer for layer in self.plan.layers.values() if layer.spec is not None]
-        weights = sum(layer.shape.out_features * layer.shape.in_features for layer in layers)
-        return weights * (3 if isinstance(self.plan.spec, GgufSpec) else 1)
-
-    def _choose_numerics(self, attention: str, recorded: Mapping[str, Any]) -> Numerics:
-        """The backend's choices, or those recorded by the run that this one continues."""
-        recipe, backend = self.recipe, self._backend
-        steps = recipe.iters * recipe.batch_size * recipe.gradient_accumulate_steps * recipe.seqlen
-        compiled = recipe.torch_compile
-        if compiled is None:
-            compiled = backend.compile_helps(steps * len(self.plan.blocks)) or self._searched >= COMPILE_SEARCHED
-        chosen = Numerics(
-            device=self._device.type,
-            dtype=str(backend.compute_dtype()).removeprefix("torch."),
-            attention=attention,
-            compiled=compiled and (recipe.iters > 0 or recipe.searches_clips),
-            threads=torch.get_num_threads(),
-        )
-        return dataclasses.replace(chosen, **{**recorded, "device": chosen.device})
 
     def _calibration(self) -> Calibration:
         self._meter.phase("calibration", "reading text")
@@ -304,7 +282,7 @@ class Run:
             if stream is not None and index + 1 < count:
                 journal.write_activations(index, stream._asdict())
             stats = _stats(tuned.losses_K)
-            journal.write_block(index, tuned.codes, stats)
+            journal.write_block(index, tuned.codes, stats | token_stats(tuned.tokens))
             yield self._meter.end(index, block.path, stats)
         if len(blocks) < count:
             title = self.plan.parts[-1].title

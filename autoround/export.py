@@ -12,7 +12,8 @@ from autoround.formats.gguf.file import GgufFile
 from autoround.formats.registry import get_format, resolve_name, rules
 from autoround.formats.writer import check_folder, parse_size, write_checkpoint, write_folder
 from autoround.journal import MANIFEST, ORIGIN, Journal, digest, read_manifest
-from autoround.model.blocks import embedding, structure
+from autoround.model.blocks import embedding
+from autoround.model.experts import describe
 from autoround.model.load import OpenModel, open_model
 from autoround.plan import Plan, check_format, recorded
 from autoround.recipe import Recipe
@@ -192,7 +193,7 @@ def export_journal(
 def _planned(manifest: dict[str, Any], model: OpenModel) -> Plan:
     """The plan that a journal's codes were made by."""
     specs = {path: spec_of(settings) for path, settings in manifest["plan"].items()}
-    shape, tokens = structure(model.skeleton), embedding(model.skeleton)
+    shape, tokens = describe(model.skeleton), embedding(model.skeleton)
     if tokens.path in specs:
         shape = replace(shape, outside=(tokens, *shape.outside))
     return recorded(shape, spec_of(manifest["spec"]), specs)

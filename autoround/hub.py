@@ -21,9 +21,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from autoround.errors import FormatError, ModelError
 from autoround.formats.gguf.container import read_tensors
 from autoround.formats.packed import PackedLinear, StoredLinear
+from autoround.formats.packed_experts import PackedExperts
 from autoround.formats.stored import METHODS, Stored, stored
 from autoround.model.buffers import refill
-from autoround.model.names import match_names
+from autoround.model.names import Pieces, match_names
 from autoround.model.source import read_header
 
 
@@ -51,13 +52,19 @@ class PackedQuantizer(HfQuantizer):
         if not tensors:
             raise FormatError(f"{where}: found no packed layers; needed tensors named {', '.join(layout.needed)}")
         names = match_names(model, (f"{key}.weight" for key in tensors), where)
-        for name, key in names.items():
+        for name, key in names.single.items():
             path = name.removesuffix(".weight")
             layer = _layer(model.get_submodule(path), tensors[key.removesuffix(".weight")], layout, path)
             model.set_submodule(path, layer)
-            # Keeps transformers from initializing weights that are no longer there, which some parents do by name.
-            for module in (layer, model.get_submodule(path.rpartition(".")[0])):
-                vars(module)["_is_hf_initialized"] = True
+            _skip_initialization(layer, model.get_submodule(path.rpartition(".")[0]))
+        stacks: dict[str, dict[str, Pieces]] = {}
+        for name, pieces in names.stacked.items():
+            path, _, stack = name.rpartition(".")
+            stacks.setdefault(path, {})[stack] = pieces
+        for path, own in stacks.items():
+            experts = _experts(model.get_submodule(path), own, tensors, layout, path)
+            model.set_submodule(path, experts)
+            _skip_initialization(*experts.modules(), model.get_submodule(path.rpartition(".")[0]))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         del kwargs
@@ -197,6 +204,28 @@ def _load_gguf(file: Path, dtype: torch.dtype | str, device: torch.device | str 
             f"{file}: {cause}; needed an architecture that transformers reads from GGUF; serve it with llama.cpp"
         ) from error
     return model
+
+
+def _skip_initialization(*modules: nn.Module) -> None:
+    """Keep transformers from initializing weights that are no longer there, which some parents do by name."""
+    for module in modules:
+        vars(module)["_is_hf_initialized"] = True
+
+
+def _experts(
+    module: nn.Module, stacks: dict[str, Pieces], tensors: dict[str, dict[str, Tensor]], layout: Stored, path: str
+) -> PackedExperts:
+    """What stands in for a module of experts."""
+    layers: dict[str, list[dict[str, nn.Module]]] = {}
+    for stack, pieces in stacks.items():
+        _, rows, columns = module.get_parameter(stack).shape
+        blank = nn.Linear(columns, rows // len(pieces[0]), bias=False, device="meta")
+        layers[stack] = []
+        for expert, keys in enumerate(pieces):
+            names = [key.removesuffix(".weight") for key in keys]
+            layers[stack].append({name.rpartition(".")[2]: _layer(blank, tensors[name], layout, f"{path}.{expert}")
+                                  for name in names})  # fmt: skip
+    return PackedExperts(module, layers, path)
 
 
 def _layer(linear: nn.Module, tensors: dict[str, Tensor], layout: Stored, path: str) -> nn.Module:

@@ -16,11 +16,14 @@ class LayerShape:
     """A weight that could be quantized.
 
     Attributes:
-        path: module path in the model, such as ``model.layers.0.self_attn.q_proj``.
-        out_features: rows of the weight.
+        path: module path in the model, such as ``model.layers.0.self_attn.q_proj``; of a stack of experts that of the
+            parameter, such as ``model.layers.0.mlp.experts.gate_up_proj``.
+        out_features: rows of the weight, those of all experts together.
         in_features: columns of the weight, along which groups run.
         tied_to: path of the module whose weight it shares, as an output head may that of the embedding; else empty.
         linear: False for other kinds of module, such as GPT-2's Conv1D.
+        experts: how many are stacked in it; 0 where it is a single matrix.
+        parts: matrices of an expert whose rows lie one below the other, each with a name of its own in checkpoints.
         fixed: why it stays in high precision whatever anybody wants; empty where it need not.
     """
 
@@ -29,7 +32,23 @@ class LayerShape:
     in_features: int
     tied_to: str = ""
     linear: bool = True
+    experts: int = 0
+    parts: int = 1
     fixed: str = ""
+
+    @property
+    def parameter(self) -> str:
+        """Name of the parameter that holds the weight."""
+        return self.path if self.experts else f"{self.path}.weight"
+
+    @property
+    def rows(self) -> int:
+        """Rows of each matrix in it.
+
+        >>> LayerShape(path="experts.gate_up_proj", out_features=96, in_features=8, experts=4, parts=2).rows
+        12
+        """
+        return self.out_features // (max(self.experts, 1) * self.parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,8 +301,8 @@ def misfit(layer: LayerShape, rules: Sequence[FormatRules]) -> str:
     if layer.fixed:
         return layer.fixed
     multiple = max((rule.multiple for rule in rules), default=1)
-    if layer.in_features % multiple or layer.out_features % multiple:
-        return f"{layer.out_features}x{layer.in_features} is not a multiple of {multiple}"
+    if layer.in_features % multiple or layer.rows % multiple:
+        return f"{layer.rows}x{layer.in_features} is not a multiple of {multiple}"
     if not layer.linear and (refusing := [rule.name for rule in rules if rule.linear_only]):
         return f"it is a Conv1D, which {refusing[0]} does not take"
     return ""

@@ -1,5 +1,6 @@
 """Making the plan: formats, shapes and the user's wishes decide the fate of every weight. Torch-free."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -177,11 +178,12 @@ def _refitted(fates: Mapping[str, LayerPlan], own: Mapping[str, LayerSetting], s
 
 def _kept(fates: Mapping[str, LayerPlan], own: Mapping[str, LayerSetting]) -> list[str]:
     """Layers that are kept though nobody asked for it."""
+    fixed = Counter(fate.reason for fate in fates.values() if fate.shape.fixed)
     return [
         f"{path} is kept: {fate.reason}"
         for path, fate in fates.items()
-        if fate.spec is None and not (path in own and own[path].keep)
-    ]
+        if fate.spec is None and not fate.shape.fixed and not (path in own and own[path].keep)
+    ] + [f"{count} layers are kept: {reason}" for reason, count in fixed.items()]
 
 
 def _untied(outside: Sequence[LayerPlan]) -> list[str]:

@@ -5,6 +5,7 @@ Everything numeric happens in ``autoround.func``; here its functions meet device
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +15,14 @@ from autoround import func
 from autoround.backends.base import Numerics, jit
 from autoround.errors import AutoRoundError
 from autoround.func import init
+from autoround.func.experts import restore
 from autoround.model.capture import CallTemplate
 from autoround.recipe import Recipe
 
-# Rows that the clip search weighs input channels by; more do not change its choice.
+# Rows that the clip search weighs input channels by; more do not change its choice, but for experts all rows count.
 MOMENT_ROWS = 32
+# Experts that fewer tokens reach take no steps, which would fit those tokens alone: they stay as they start.
+STARVED_TOKENS = 128
 # Weights of a single layer that are quantized at a time.
 LAYER_ELEMENTS = 2**23
 
@@ -50,11 +54,13 @@ class Tuned(NamedTuple):
         codes: layer path relative to the block -> codes.
         losses_K: float32, loss of every step.
         stream: what flows into the next block; None where nothing flowed in.
+        tokens: module of experts -> int64 (E,), tokens that each of its experts took.
     """
 
     codes: dict[str, func.Codes]
     losses_K: Tensor
     stream: Stream | None
+    tokens: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class BlockTuner:
@@ -106,7 +112,8 @@ class BlockTuner:
         float_tensors = _cast(tensors, self._dtype)
         target_NTD = self._forward(block_fn, float_tensors, inputs.template, inputs.stream.float_NTD)
         fusion = func.fuse(weights.tuned, specs)
-        params = fusion.merge(self._start(block_fn, float_tensors, weights, specs, inputs))
+        observed = self._observe(block_fn, float_tensors, specs, inputs)
+        params = fusion.merge(self._start(weights, observed.moments, specs))
         weights = weights._replace(tuned=fusion.merge(weights.tuned))
         del float_tensors
         step, optimizer = self._step(block_fn, fusion)
@@ -115,11 +122,12 @@ class BlockTuner:
         result = func.tune_block(
             step, weights, state, batches, on_step=lambda done, loss: self._on_step(done, loss.item)
         )
-        codes = _quantize(fusion.split(weights.tuned), fusion.split(result.params), specs)
+        tuned = _restored(fusion.split(result.params), fusion.split(params), observed.tokens)
+        codes = _quantize(fusion.split(weights.tuned), tuned, specs)
         rounded = {f"{path}.weight": func.dequantize(own, specs[path]).to(self._dtype) for path, own in codes.items()}
         quantized = {**weights.frozen, **rounded}
         quantized_NTD = self._forward(block_fn, quantized, inputs.template, inputs.stream.quantized_NTD)
-        return Tuned(codes, result.losses_K, Stream(target_NTD, quantized_NTD))
+        return Tuned(codes, result.losses_K, Stream(target_NTD, quantized_NTD), observed.tokens)
 
     def quantize_layer(
         self, path: str, weight_OI: Tensor, spec: func.WeightSpec, moment_I: Tensor | None = None
@@ -162,21 +170,28 @@ class BlockTuner:
     def _call(self, template: CallTemplate, x_NTD: Tensor, rows_B: Tensor) -> func.Call:
         return template.bind(x_NTD[rows_B].to(self._device), rows_B)
 
-    def _start(
+    def _observe(
         self,
         block_fn: func.BlockFn,
         tensors: Mapping[str, Tensor],
-        weights: func.BlockWeights,
         specs: Mapping[str, func.WeightSpec],
         inputs: Inputs,
+    ) -> init.Observed:
+        """What the block's layers are given, as far as anybody asks."""
+        stacked = any(f"{path}.weight" in block_fn.stacks for path in specs)
+        if not self._recipe.searches_clips and not stacked:
+            return init.Observed({}, {})
+        x_NTD, valid_NT = inputs.stream.quantized_NTD, inputs.valid_NT
+        rows = torch.arange(len(x_NTD) if stacked else min(len(x_NTD), MOMENT_ROWS)).split(self._recipe.batch_size)
+        calls = ((self._call(inputs.template, x_NTD, rows_B), valid_NT[rows_B].to(self._device)) for rows_B in rows)
+        return init.observe_inputs(block_fn, tensors, calls, specs)
+
+    def _start(
+        self, weights: func.BlockWeights, moments: Mapping[str, Tensor], specs: Mapping[str, func.WeightSpec]
     ) -> func.Params:
         """Parameters before the first step."""
         if not self._recipe.searches_clips:
             return func.init_params(weights.tuned)
-        x_NTD, valid_NT = inputs.stream.quantized_NTD, inputs.valid_NT
-        rows = torch.arange(min(len(x_NTD), MOMENT_ROWS)).split(self._recipe.batch_size)
-        calls = ((self._call(inputs.template, x_NTD, rows_B), valid_NT[rows_B].to(self._device)) for rows_B in rows)
-        moments = init.second_moments(block_fn, tensors, calls, specs)
         return init.search_params(weights, moments, specs, errors=self._errors)
 
     def _errors(
@@ -257,6 +272,15 @@ def _quantize(
         except AutoRoundError as error:
             raise type(error)(f"{path}: {error}") from error
     return codes
+
+
+def _restored(params: func.Params, start: func.Params, tokens: Mapping[str, Tensor]) -> func.Params:
+    """Parameters after tuning, but those of experts that hardly any token reached, which are as they were."""
+    starved = {module: own_E < STARVED_TOKENS for module, own_E in tokens.items()}
+    return {
+        path: restore(own, start[path], starved[module]) if (module := path.rpartition(".")[0]) in starved else own
+        for path, own in params.items()
+    }
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from autoround.errors import FormatError
 from autoround.formats.types import Format
 from autoround.func.types import IntCodes
-from autoround.plan import Plan
+from autoround.plan import LayerShape, Plan
 from autoround.spec import GgufSpec, QuantSpec, WeightSpec
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class Source(Protocol):
     def names(self) -> tuple[str, ...]: ...
 
     def checkpoint_name(self, name: str) -> str: ...
+
+    def pieces(self, name: str) -> tuple[tuple[str, ...], ...]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
@@ -67,7 +70,7 @@ class Model(Protocol):
     def side_files(self) -> tuple[Path, ...]: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Contents:
     """Everything that decides what is in the files.
 
@@ -94,17 +97,19 @@ class Contents:
     def heads(self) -> Iterator[tuple[str, Tensor]]:
         """Name, shape and dtype in the files (on the meta device) of each of ``tensors``, in their order."""
         source, layers, alike = self.model.source, self.plan.layers, {}
-        for name, origin in self._kept_names():
-            stored = source.dtype(origin)
-            yield name, _head(source.shape(origin), (self.target or stored) if stored.is_floating_point else stored)
+        for origin, stored in self._kept_names():
+            own, whole = source.dtype(origin), source.shape(origin)
+            dtype = (self.target or own) if own.is_floating_point else own
+            for name, rows in stored:
+                yield name, _head(whole if rows is None else (rows.stop - rows.start, whole[-1]), dtype)
         for part in self.plan.parts:
             for relative, spec in part.specs.items():
-                path = f"{part.prefix}{relative}"
-                shape = layers[path].shape
-                key = spec, (shape.out_features, shape.in_features), self.weight_dtype(path)
-                if key not in alike:
-                    alike[key] = self._blank(path, *key)
-                yield from self._named(path, alike[key])
+                shape = layers[f"{part.prefix}{relative}"].shape
+                for path, _ in self._matrices(shape):
+                    key = spec, (shape.rows, shape.in_features), self.weight_dtype(path)
+                    if key not in alike:
+                        alike[key] = self._blank(path, *key)
+                    yield from self._named(path, alike[key])
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint name and value, not yet in the dtype of the files, of everything that is written, one by one.
@@ -118,15 +123,23 @@ class Contents:
 
     def kept(self) -> Iterator[tuple[str, Tensor]]:
         """Those of them that are not made of codes; of weights tied to each other one is enough."""
-        for name, origin in self._kept_names():
-            yield name, self.model.source.read(origin)
+        for origin, stored in self._kept_names():
+            tensor = self.model.source.read(origin)
+            for name, rows in stored:
+                yield name, tensor if rows is None else tensor.flatten(0, 1)[rows]
 
     def layers(self) -> Iterator[tuple[str, Any, IntCodes]]:
-        """Path, spec and codes of every quantized layer; one block's codes are read at a time."""
+        """Path, spec and codes of every quantized layer; one block's codes are read at a time.
+
+        Of a stack of experts each matrix is a layer, whose path is that of its name in the checkpoint.
+        """
+        layers = self.plan.layers
         for index, part in enumerate(self.plan.parts):
             codes = self.codes(index)
             for relative, spec in part.specs.items():
-                yield f"{part.prefix}{relative}", spec, codes[relative]
+                for path, rows in self._matrices(layers[f"{part.prefix}{relative}"].shape):
+                    own = codes[relative]
+                    yield path, spec, own if rows is None else IntCodes(*(field[rows] for field in own))
 
     @property
     def untied(self) -> dict[str, str]:
@@ -137,31 +150,55 @@ class Contents:
 
     def prefix(self, path: str) -> str:
         """What the names of a quantized layer's tensors begin with."""
-        if path in self.untied:  # a checkpoint names the shared weight once, and not always by this layer
+        if (
+            path in self._stacks or path in self.untied
+        ):  # a checkpoint names the shared weight once, and not always by this layer
             return f"{path}."
         return self.model.source.checkpoint_name(f"{path}.weight").removesuffix("weight")
 
     def weight_dtype(self, path: str) -> torch.dtype:
         """Dtype of a layer's weight where the layout stores one."""
-        return self.target or self.model.source.dtype(f"{path}.weight")
+        return self.target or self.model.source.dtype(self._stacks.get(path, f"{path}.weight"))
 
     def is_transposed(self, path: str) -> bool:
         """Whether a layer's module stores its weight as (I, O), as GPT-2's Conv1D does."""
+        if path in self._stacks:
+            return False
         return not isinstance(self.model.skeleton.get_submodule(path), nn.Linear | nn.Embedding)
 
-    def _kept_names(self) -> Iterator[tuple[str, str]]:
-        """Checkpoint name and module name of every tensor that is not replaced."""
+    @cached_property
+    def _stacks(self) -> dict[str, str]:
+        """Path of each matrix of a quantized stack of experts -> name of the parameter."""
+        shapes = [layer.shape for layer in self.plan.layers.values() if layer.spec and layer.shape.experts]
+        return {path: shape.parameter for shape in shapes for path, _ in self._matrices(shape)}
+
+    def _matrices(self, shape: LayerShape) -> Iterator[tuple[str, slice | None]]:
+        """The layers as which a layer is stored: itself, or path and rows of each matrix of a stack."""
+        if not shape.experts:
+            yield shape.path, None
+            return
+        for name, rows in _placed(self.model.source.pieces(shape.parameter), shape.out_features):
+            yield name.removesuffix(".weight"), rows
+
+    def _kept_names(self) -> Iterator[tuple[str, list[tuple[str, slice | None]]]]:
+        """Module name of every tensor that is not replaced, with its name in the checkpoint, or names and rows of the
+        matrices of a stack."""
         names, skeleton = self.model.source.names(), self.model.skeleton
         first = {id(parameter): name for name, parameter in skeleton.named_parameters()}
         twins = {name: first[id(parameter)] for name, parameter in skeleton.named_parameters(remove_duplicate=False)}
-        left_out = {f"{path}.weight" for path in self.plan.specs}
+        left_out = {layer.shape.parameter for layer in self.plan.layers.values() if layer.spec is not None}
         left_out.update(name for name in names if (twin := twins.get(name, name)) != name and twin in names)
         for name in names:
-            if name not in left_out:
-                yield self.model.source.checkpoint_name(name), name
+            if name in left_out:
+                continue
+            if pieces := self.model.source.pieces(name):
+                experts, rows, _ = self.model.source.shape(name)
+                yield name, list(_placed(pieces, experts * rows))
+            else:
+                yield name, [(self.model.source.checkpoint_name(name), None)]
         for name in (f"{owner}.weight" for owner in self.untied.values()):
             if name not in names:  # the checkpoint has the shared weight under the name of the quantized layer
-                yield name, name
+                yield name, [(name, None)]
 
     def _named(self, path: str, packed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a layer as they are stored."""
@@ -186,6 +223,14 @@ class Contents:
         zero_OG = torch.full(groups, spec.midpoint, dtype=torch.uint8)
         packed = self._packed(path, IntCodes(_head(shape, torch.uint8), scale_OG, zero_OG), spec)
         return {kind: tensor.to("meta") for kind, tensor in packed.items()}
+
+
+def _placed(pieces: tuple[tuple[str, ...], ...], rows: int) -> Iterator[tuple[str, slice]]:
+    """Name and rows of every matrix of a stack that has so many rows in all."""
+    names = [name for expert in pieces for name in expert]
+    each = rows // len(names)
+    for place, name in enumerate(names):
+        yield name, slice(place * each, (place + 1) * each)
 
 
 def _head(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

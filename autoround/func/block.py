@@ -1,4 +1,7 @@
-"""Transformer blocks as functions of their weights (``torch.func.functional_call`` on a meta copy of the block)."""
+"""Transformer blocks as functions of their weights (``torch.func.functional_call`` on a meta copy of the block).
+
+Legend: E experts of a stack, O output features of each, I input features.
+"""
 
 import copy
 import hashlib
@@ -26,12 +29,14 @@ class BlockFn:
     Attributes:
         skeleton: the block's modules with every parameter and buffer on the meta device.
         signature: equal for blocks that compute the same function of their tensors; such blocks share a compiled step.
-        transposed: names of 2-D weights that the module stores as (I, O), as GPT-2's Conv1D does.
+        transposed: names of weights that the module stores as (I, O), as GPT-2's Conv1D does, or as (E, I, O).
+        stacks: name of a weight whose rows are those of many experts, (E * O, I) -> E; see ``stack_paths``.
     """
 
     skeleton: nn.Module
     signature: str
     transposed: frozenset[str]
+    stacks: dict[str, int]
 
     def __call__(self, tensors: Mapping[str, Tensor], call: Call) -> Tensor:
         """Run the block.
@@ -43,7 +48,12 @@ class BlockFn:
         Returns:
             The hidden states (B, T, D); further outputs of the block are dropped.
         """
-        own = {name: tensor.mT if name in self.transposed else tensor for name, tensor in tensors.items()}
+        own = {}
+        for name, tensor in tensors.items():
+            experts = self.stacks.get(name)
+            weight = tensor if experts is None else tensor.view(experts, -1, tensor.shape[-1])
+            parameter = name if experts is None else name.removesuffix(".weight")
+            own[parameter] = weight.mT if name in self.transposed else weight
         output = torch.func.functional_call(self.skeleton, own, call.args, call.kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
@@ -63,8 +73,8 @@ def make_block_fn(block: nn.Module) -> BlockFn:
     for buffer in block.buffers():
         memo[id(buffer)] = buffer.detach().to("meta")
     skeleton = copy.deepcopy(block, memo).eval()
-    transposed = frozenset(f"{path}.weight" for path, module in skeleton.named_modules() if _is_conv1d(module))
-    return BlockFn(skeleton, _signature(skeleton), transposed)
+    stacks = {f"{path}.weight": len(skeleton.get_parameter(path)) for path in stack_paths(skeleton)}
+    return BlockFn(skeleton, _signature(skeleton), transposed_weights(skeleton), stacks)
 
 
 def linear_paths(block: nn.Module) -> tuple[str, ...]:
@@ -76,15 +86,68 @@ def linear_paths(block: nn.Module) -> tuple[str, ...]:
     return tuple(path for path, module in block.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module))
 
 
+def stack_paths(block: nn.Module) -> tuple[str, ...]:
+    """Paths of the parameters that hold a matrix for each expert, in definition order.
+
+    They are the 3-D parameters of modules that compute with experts, which say by ``is_transposed`` how these lie.
+    Such a path stands for a layer whose weight ``<path>.weight`` has the rows of all experts, (E * O, I).
+
+    >>> experts = nn.Module()
+    >>> experts.is_transposed, experts.up = False, nn.Parameter(torch.ones(2, 3, 4))
+    >>> stack_paths(nn.Sequential(experts))
+    ('0.up',)
+    """
+    return tuple(
+        f"{path}.{name}" if path else name
+        for path, module in block.named_modules()
+        if "is_transposed" in vars(module)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    )
+
+
+def transposed_weights(block: nn.Module) -> frozenset[str]:
+    """Names of the weights of layers whose modules store inputs first: (I, O), or (E, I, O) for experts.
+
+    >>> experts = nn.Module()
+    >>> experts.is_transposed, experts.up = True, nn.Parameter(torch.ones(2, 3, 4))
+    >>> sorted(transposed_weights(nn.Sequential(experts, nn.Linear(2, 2))))
+    ['0.up.weight']
+    """
+    linear = (path for path, module in block.named_modules() if _is_conv1d(module))
+    stacks = (path for path in stack_paths(block) if block.get_submodule(path.rpartition(".")[0]).is_transposed)
+    return frozenset(f"{path}.weight" for path in (*linear, *stacks))
+
+
+def lay_out(block: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters and buffers as blocks are given them: linear weights (O, I), those of experts (E * O, I).
+
+    Args:
+        block: the module that they belong to, with or without data.
+        tensors: by name, as the module has them.
+
+    >>> experts = nn.Module()
+    >>> experts.is_transposed, experts.up = True, nn.Parameter(torch.ones(2, 3, 4))
+    >>> {name: tuple(tensor.shape) for name, tensor in lay_out(experts, dict(experts.named_parameters())).items()}
+    {'up.weight': (8, 3)}
+    """
+    stacks, transposed = frozenset(stack_paths(block)), transposed_weights(block)
+    found = {}
+    for parameter, tensor in tensors.items():
+        name = f"{parameter}.weight" if parameter in stacks else parameter
+        weight = tensor.mT if name in transposed else tensor
+        found[name] = weight.flatten(0, 1) if parameter in stacks else weight
+    return found
+
+
 def block_tensors(block: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer of a block by name, linear weights as (O, I).
+    """Every parameter and buffer of a block by name, linear weights as (O, I), those of experts as (E * O, I).
 
     >>> {name: tuple(tensor.shape) for name, tensor in block_tensors(nn.Sequential(nn.Linear(4, 2))).items()}
     {'0.weight': (2, 4), '0.bias': (2,)}
     """
-    conv = {f"{path}.weight" for path, module in block.named_modules() if _is_conv1d(module)}
     own = {**dict(block.named_parameters()), **dict(block.named_buffers())}
-    return {name: tensor.detach().mT if name in conv else tensor.detach() for name, tensor in own.items()}
+    return lay_out(block, {name: tensor.detach() for name, tensor in own.items()})
 
 
 def split_weights(block: nn.Module, specs: Mapping[str, WeightSpec]) -> BlockWeights:

@@ -1,18 +1,20 @@
 """Where parameters start: clips found by an activation-weighted search before any step is taken.
 
 Legend: O output features, I input features, G groups in a row, S columns in a group, C candidates, N groups of a slice,
-B samples, T tokens, M rows of a layer's inputs.
+B samples, T tokens, M rows of a layer's inputs, E experts of a stack.
 """
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoround.func.block import BlockFn
+from autoround.func.experts import Routed, by_module, observe
 from autoround.func.fit import CANDIDATES, Clips, Errors, candidate_errors, fit_blocks, rounding_errors
 from autoround.func.rounding import grid_of
 from autoround.func.types import BlockWeights, Call, Params, Prepared, RoundingParams
@@ -24,6 +26,19 @@ FINE_SHRINKS = tuple(1.24 - 0.02 * step for step in range(40))
 SINGLE_END_FACTORS = (0.7, 0.8, 0.88, 0.94, 1.0, 1.06, 1.12, 1.2)
 # Rounded weights computed at a time: candidates x groups x columns.
 SLICE_ELEMENTS = 2**20
+
+
+class Observed(NamedTuple):
+    """What the layers of a block were given.
+
+    Attributes:
+        moments: layer path -> float32 (I,), mean square of every input channel over valid tokens; of a stack of experts
+            (E, I), over the tokens that each expert took.
+        tokens: module of experts -> int64 (E,), tokens that each took.
+    """
+
+    moments: dict[str, Tensor]
+    tokens: dict[str, Tensor]
 
 
 def second_moments(
@@ -38,7 +53,7 @@ def second_moments(
         paths: the layers to observe.
 
     Returns:
-        path -> float32 (I,), mean over valid tokens.
+        path -> float32 (I,), mean over valid tokens; (E, I) for stacks of experts.
 
     >>> from autoround.func.block import make_block_fn
     >>> block = torch.nn.Sequential(torch.nn.Linear(2, 2))
@@ -46,10 +61,26 @@ def second_moments(
     >>> second_moments(make_block_fn(block), block.state_dict(), [(Call((x,), {}), valid)], ["0"])["0"].tolist()
     [1.0, 9.0]
     """
-    sums: dict[str, Tensor] = {}
-    count = 0
+    return observe_inputs(block_fn, tensors, inputs, paths).moments
 
-    def observe(path: str, valid_BT: Tensor, module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+
+def observe_inputs(
+    block_fn: BlockFn, tensors: Mapping[str, Tensor], inputs: Iterable[tuple[Call, Tensor]], paths: Iterable[str]
+) -> Observed:
+    """``second_moments``, and how many tokens each expert took.
+
+    >>> from autoround.func.block import make_block_fn
+    >>> block = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    >>> x, valid = torch.ones(1, 1, 2), torch.ones(1, 1, dtype=torch.bool)
+    >>> observe_inputs(make_block_fn(block), block.state_dict(), [(Call((x,), {}), valid)], ["0"]).tokens
+    {}
+    """
+    sums: dict[str, Tensor] = {}
+    routed: dict[str, Routed] = {}
+    count, paths = 0, tuple(paths)
+    stacks = by_module(tuple(path for path in paths if f"{path}.weight" in block_fn.stacks))
+
+    def observe_linear(path: str, valid_BT: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         del module  # the hook's signature
         square_MI, valid_M = args[0].float().square().flatten(0, -2), valid_BT.flatten()
         if len(square_MI) % len(valid_M) == 0:  # else its inputs are no tokens, and all of them count
@@ -57,14 +88,28 @@ def second_moments(
         x_I = square_MI.sum(0)
         sums[path] = sums[path] + x_I if path in sums else x_I
 
+    def observe_experts(
+        path: str, valid_BT: Tensor, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    ) -> None:
+        x, choice, *_ = (*args, *kwargs.values())
+        own = observe(module, x.flatten(0, -2), choice.flatten(0, -2), valid_BT.flatten())
+        routed[path] = routed[path].add(own) if path in routed else own
+
     for call, valid_BT in inputs:
         count += int(valid_BT.sum())
         with ExitStack() as hooks, torch.no_grad():
             for path in paths:
-                module = block_fn.skeleton.get_submodule(path)
-                hooks.callback(module.register_forward_pre_hook(partial(observe, path, valid_BT)).remove)
+                if f"{path}.weight" not in block_fn.stacks:
+                    module, hook = block_fn.skeleton.get_submodule(path), partial(observe_linear, path, valid_BT)
+                    hooks.callback(module.register_forward_pre_hook(hook).remove)
+            for path in stacks:
+                module, own = block_fn.skeleton.get_submodule(path), partial(observe_experts, path, valid_BT)
+                hooks.callback(module.register_forward_pre_hook(own, with_kwargs=True).remove)
             block_fn(tensors, call)
-    return {path: total / max(count, 1) for path, total in sums.items()}
+    moments = {path: total / max(count, 1) for path, total in sums.items()}
+    for path, seen in routed.items():
+        moments |= {f"{path}.{name}": own for name, own in seen.moments(count).items() if name in stacks[path]}
+    return Observed(moments, {path: seen.tokens_E for path, seen in routed.items()})
 
 
 def search_params(
@@ -102,7 +147,8 @@ def search_clips(
 
     Args:
         prepared: from ``prepare`` with the same spec.
-        moment_I: float32 >= 0 (I,), or None for all ones.
+        moment_I: float32 >= 0 (I,), or (E, I) where equal shares of the rows belong to each of E experts; None for all
+            ones.
         errors: ``rounding_errors``, or a compiled version of it; it is called with slices of one shape per group size.
 
     >>> from autoround.func.rounding import prepare
@@ -114,15 +160,15 @@ def search_clips(
     """
     errors = errors or rounding_errors
     rows, groups, size = prepared.weight_OGS.shape
-    moment_OGS = prepared.weight_OGS.new_ones(groups, size).expand(rows, groups, size)
+    moment_EGS = prepared.weight_OGS.new_ones(1, groups, size)
     if moment_I is not None:
-        moment_OGS = rearrange(moment_I, "(g s) -> g s", s=size).expand(rows, groups, size)
+        moment_EGS = rearrange(moment_I.view(-1, groups * size), "e (g s) -> e g s", s=size)
         if isinstance(spec, GgufSpec):
-            moment_OGS = moment_OGS * _magnitude(prepared, spec)
+            moment_EGS = moment_EGS.repeat_interleave(rows // len(moment_EGS), 0) * _magnitude(prepared, spec)
     length = max(1, SLICE_ELEMENTS // (CANDIDATES * size * spec.block_groups)) * spec.block_groups
     found = []
     for start in range(0, rows * groups, length):
-        part, moment_NS = _slice(prepared, moment_OGS, start, length)
+        part, moment_NS = _slice(prepared, moment_EGS, start, length)
         clips = _choose(part, _coarse_candidates(part, spec), moment_NS, spec, errors)
         for _ in range(0 if spec.sym else 1 + isinstance(spec, GgufSpec)):
             clips = _choose(part, _fine_candidates(clips, spec), moment_NS, spec, errors)
@@ -149,12 +195,13 @@ def _choose(prepared: Prepared, candidates: Clips, moment_NS: Tensor, spec: Weig
     return candidates[0].gather(0, best_1N)[0], candidates[1].gather(0, best_1N)[0]
 
 
-def _slice(prepared: Prepared, moment_OGS: Tensor, start: int, length: int) -> tuple[Prepared, Tensor]:
+def _slice(prepared: Prepared, moment_EGS: Tensor, start: int, length: int) -> tuple[Prepared, Tensor]:
     """Groups start … start + length as one row, padded with copies of the last so that every slice has one shape."""
     rows, groups, _ = prepared.weight_OGS.shape
-    index_N = torch.arange(start, start + length, device=moment_OGS.device).clamp(max=rows * groups - 1)
+    index_N = torch.arange(start, start + length, device=moment_EGS.device).clamp(max=rows * groups - 1)
     row_N, group_N = index_N // groups, index_N % groups
-    return Prepared(*(field[row_N, group_N].unsqueeze(0) for field in prepared)), moment_OGS[row_N, group_N]
+    own = Prepared(*(field[row_N, group_N].unsqueeze(0) for field in prepared))
+    return own, moment_EGS[row_N // (rows // len(moment_EGS)), group_N]
 
 
 def _coarse_candidates(prepared: Prepared, spec: WeightSpec) -> Clips:

@@ -1,6 +1,7 @@
 """GGUF files as sources: mapped into memory and dequantized tensor by tensor."""
 
 import struct
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from autoround.errors import ModelError
+from autoround.model.names import Pieces, written_names
 from autoround.model.source import StoredNames
+
+# What the names of stacks of experts have in them.
+_STACK = "_exps."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,22 +71,33 @@ class GgufSource(StoredNames):
 
     def __init__(self, file: GgufFile, skeleton: PreTrainedModel) -> None:
         self._file = file
+        self._written = written_names(skeleton)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
         self._processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=skeleton.config.to_dict())
-        if experts := [key for key in file.tensors if "_exps." in key]:
-            raise ModelError(
-                f"{file.path}: found fused experts in {experts[0]}; needed one tensor per parameter; "
-                "mixture-of-experts checkpoints are not supported yet"
-            )
         try:
             names: dict[str, str] = get_gguf_hf_weights_map(skeleton, self._processor)
         except NotImplementedError as error:
             raise _unknown(file, error) from error
-        super().__init__(skeleton, {names[key]: key for key in file.tensors if key in names}, str(file.path))
+        stored = {key: names[known] for key in file.tensors if (known := _known_as(key)) in names}
+        if lost := [key for key in file.tensors if _STACK in key and key not in stored]:
+            raise ModelError(
+                f"{file.path}: found {lost[0]} in a file of architecture {file.architecture}, whose experts "
+                "transformers does not read from GGUF; needed another model, or its safetensors checkpoint"
+            )
+        # Gate projections come before up projections, as the module has the two in one stack.
+        self._halves: dict[str, list[str]] = defaultdict(list)
+        for key in sorted(stored):
+            if _STACK in key:
+                self._halves[stored[key]].append(key)
+        super().__init__(skeleton, {name: key for key, name in stored.items()}, str(file.path))
 
     def checkpoint_name(self, name: str) -> str:
         self.key(name)
-        return name
+        return self._written.single.get(name, name)
+
+    def pieces(self, name: str) -> Pieces:
+        self.key(name)
+        return self._written.stacked.get(name, ())
 
     def shape(self, name: str) -> tuple[int, ...]:
         self.key(name)
@@ -92,15 +108,26 @@ class GgufSource(StoredNames):
         return torch.float32
 
     def read(self, name: str) -> Tensor:
-        stored = self._file.tensors[self.key(name)]
+        key = self.key(name)
+        if halves := self._halves.get(name):
+            return torch.cat([torch.from_numpy(numpy.array(self._dequantized(each))) for each in halves], dim=1)
+        weights = self._processor.process(weights=self._dequantized(key), name=key).weights
+        return torch.from_numpy(numpy.array(weights))
+
+    def _dequantized(self, key: str) -> numpy.ndarray:
+        stored = self._file.tensors[key]
         try:
-            weights = gguf.dequantize(stored.data, stored.tensor_type)
+            return gguf.dequantize(stored.data, stored.tensor_type)
         except NotImplementedError as error:
             raise ModelError(
                 f"{self._file.path}: {stored.name}: found type {stored.tensor_type.name}; needed one that the gguf "
                 "package dequantizes; use a file of another quantization"
             ) from error
-        return torch.from_numpy(numpy.array(self._processor.process(weights=weights, name=stored.name).weights))
+
+
+def _known_as(key: str) -> str:
+    """A tensor's name as transformers spells it: those of experts are no modules there."""
+    return key.removesuffix(".weight") if _STACK in key else key
 
 
 def _unknown(file: GgufFile, error: Exception) -> ModelError:

@@ -1,12 +1,23 @@
-"""Tensor names: a checkpoint's are not always the module's, since transformers renames some while loading."""
+"""Tensor names: a checkpoint's are not always the module's, since transformers renames and stacks some."""
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    apply_converters,
+    apply_renamings,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from autoround.errors import ModelError
 from autoround.log import LOGGER
@@ -15,7 +26,23 @@ from autoround.log import LOGGER
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
 
-def match_names(skeleton: PreTrainedModel, keys: Iterable[str], where: str) -> dict[str, str]:
+# For every expert of a stack the names of the matrices whose rows lie one below the other in it.
+Pieces: TypeAlias = tuple[tuple[str, ...], ...]
+
+
+class Matched(NamedTuple):
+    """Where the tensors of a model are in a checkpoint.
+
+    Attributes:
+        single: module name -> checkpoint name, of tensors that are stored as the module has them.
+        stacked: module name -> checkpoint names of the matrices of a stack of experts.
+    """
+
+    single: dict[str, str]
+    stacked: dict[str, Pieces]
+
+
+def match_names(skeleton: PreTrainedModel, keys: Iterable[str], where: str) -> Matched:
     """Find the module name of every tensor of a checkpoint, by the rules of ``from_pretrained``.
 
     Tensors that the model does not have are left out, with a warning if they matter.
@@ -26,35 +53,94 @@ def match_names(skeleton: PreTrainedModel, keys: Iterable[str], where: str) -> d
         where: the checkpoint, for messages.
 
     Returns:
-        Module name -> checkpoint name, in the checkpoint's order.
+        Names in the checkpoint's order.
 
     Raises:
-        ModelError: a module's tensor is merged from, or split off, differently stored ones (fused experts).
+        ModelError: experts are missing, or a tensor is made of stored ones in another way than by stacking experts.
     """
-    transforms = get_model_conversion_mapping(skeleton)
-    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    renamings, converters = _transforms(skeleton)
     own, prefix = skeleton.state_dict(), skeleton.base_model_prefix
-    names, unknown = {}, []
+    single: dict[str, str] = {}
+    parts: dict[str, dict[str, list[str]]] = {}
+    unknown = []
     for key in keys:
-        name, converted = rename_source_key(key, renamings, converters, prefix, own)
+        name, pattern = rename_source_key(key, renamings, converters, prefix, own)
         if name not in own and key in own:
-            name, converted = key, None
-        if name in own and converted is not None:
-            raise ModelError(
-                f"{where}: found {key}, which the model merges or splits into {name}; needed one tensor per parameter; "
-                "mixture-of-experts and other merged checkpoints are not supported yet"
-            )
-        if name in own:
-            names[name] = key
-        else:
+            name, pattern = key, None
+        if name not in own:
             unknown.append(key)
+        elif pattern is None:
+            single[name] = key
+        else:
+            converter = next(each for each in converters if pattern in each.source_patterns)
+            if not _stacks(converter):
+                raise ModelError(
+                    f"{where}: found {key}, which the model merges or splits into {name}; needed one tensor per "
+                    "parameter, or experts to stack; this checkpoint is not supported yet"
+                )
+            parts.setdefault(name, {each: [] for each in converter.source_patterns})[pattern].append(key)
+    stacked = {name: _pieces(found, len(own[name]), f"{where}: {name}") for name, found in parts.items()}
+    _warn(skeleton, unknown, where)
+    return Matched(single, stacked)
+
+
+def written_names(skeleton: PreTrainedModel) -> Matched:
+    """Under what names checkpoints hold the tensors of a model whose experts they do not stack, as ``save_pretrained``
+    writes them; nothing for other models, whose names are the module's."""
+    renamings, converters = _transforms(skeleton, legacy=False)
+    stacked_by = (each.reverse_transform() for each in converters[::-1] if _stacks(each))
+    stacking = [each for each in stacked_by if isinstance(each, WeightConverter)]
+    renamed_by = (each.reverse_transform() for each in renamings[::-1] if not isinstance(each, PrefixChange))
+    back = [each for each in renamed_by if isinstance(each, WeightRenaming)]
+    single, stacked = {}, {}
+    for name, tensor in skeleton.state_dict().items():
+        first, pattern = apply_converters(name, stacking)
+        if pattern is None:
+            single[name] = apply_renamings(name, back)
+            continue
+        targets = next(each for each in stacking if pattern in each.source_patterns).target_patterns
+        patterns = [first.replace(targets[0], target) for target in targets]
+        stacked[name] = tuple(
+            tuple(apply_renamings(each.replace("*", str(expert)), back) for each in patterns)
+            for expert in range(len(tensor))
+        )
+    return Matched(single, stacked) if stacked else Matched({}, {})
+
+
+def _transforms(
+    skeleton: PreTrainedModel, *, legacy: bool = True
+) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    """What transformers does to names, and to tensors, while loading."""
+    transforms = get_model_conversion_mapping(skeleton, add_legacy=legacy)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    return renamings, [each for each in transforms if isinstance(each, WeightConverter)]
+
+
+def _stacks(converter: WeightConverter) -> bool:
+    """Whether it stacks the matrices of experts, and lays those of one expert one below the other."""
+    kinds = [(type(each), each.dim) for each in converter.operations
+             if isinstance(each, MergeModulelist | Concatenate)]  # fmt: skip
+    whole = len(kinds) == len(converter.operations)
+    return whole and kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+
+
+def _pieces(parts: Mapping[str, Sequence[str]], experts: int, where: str) -> Pieces:
+    """The keys of every part in the order of experts, by expert."""
+    for pattern, keys in parts.items():
+        if len(keys) != experts:
+            raise ModelError(
+                f"{where}: found {len(keys)} tensors named as in {pattern}; needed one for each of {experts} experts; "
+                "download the checkpoint again"
+            )
+    return tuple(zip(*(sorted(keys, key=dot_natural_key) for keys in parts.values()), strict=True))
+
+
+def _warn(skeleton: PreTrainedModel, unknown: Iterable[str], where: str) -> None:
     ignored = re.compile("|".join((*(skeleton._keys_to_ignore_on_load_unexpected or ()), *_COMPUTED)))
     if left_out := [key for key in unknown if not ignored.search(key)]:
         LOGGER.warning(
             "%s: left out %d tensors that the model does not have, such as %s", where, len(left_out), left_out[0]
         )
-    return names
 
 
 def add_tied(skeleton: PreTrainedModel, stored: Mapping[str, str]) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """Reading the tensors of one block."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from autoround.func import linear_paths
+from autoround.func.block import lay_out
 from autoround.model.load import OpenModel
 
 
@@ -19,20 +19,17 @@ def read_block(
         device: where to.
 
     Returns:
-        Name relative to the block -> tensor; linear weights as (O, I).
+        Name relative to the block -> tensor; linear weights as (O, I), those of experts as (E * O, I).
 
     Raises:
         ModelError: a tensor is missing.
     """
     block, stored = model.skeleton.get_submodule(path), frozenset(model.source.names())
-    transposed = {
-        f"{name}.weight" for name in linear_paths(block) if not isinstance(block.get_submodule(name), nn.Linear)
-    }
     tensors = {}
     for name, tensor in (*block.named_parameters(), *block.named_buffers()):
         full = f"{path}.{name}"
         if tensor.is_meta or full in stored:
             tensor = model.source.read(full)
             tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        tensors[name] = tensor.mT.to(device) if name in transposed else tensor.to(device)
-    return tensors
+        tensors[name] = tensor
+    return {name: tensor.to(device) for name, tensor in lay_out(block, tensors).items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from autoround.errors import ModelError
-from autoround.model.names import add_tied, match_names
+from autoround.model.names import Pieces, add_tied, match_names, written_names
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -29,6 +29,10 @@ class WeightSource(Protocol):
 
     def checkpoint_name(self, name: str) -> str:
         """Name under which a checkpoint of this model holds the tensor."""
+        ...
+
+    def pieces(self, name: str) -> Pieces:
+        """Names under which a checkpoint holds the matrices of a stack of experts; none for other tensors."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -65,6 +69,10 @@ class StoredNames:
     def names(self) -> tuple[str, ...]:
         return self._names
 
+    def pieces(self, name: str) -> Pieces:
+        self.key(name)
+        return ()
+
     def key(self, name: str) -> str:
         if name not in self._keys:
             raise ModelError(f"{self._where}: found no tensor {name}; needed one of {', '.join(self._names[:3])}, …")
@@ -82,7 +90,9 @@ class SafetensorsSource(StoredNames):
 
     def __init__(self, folder: Path, skeleton: PreTrainedModel) -> None:
         self._files, self._heads = read_headers(folder)
-        stored = match_names(skeleton, self._heads, str(folder))
+        single, self._stacked = match_names(skeleton, self._heads, str(folder))
+        firsts = {name: pieces[0][0] for name, pieces in self._stacked.items()}
+        stored = {**single, **firsts}
         super().__init__(skeleton, stored, str(folder))
         for name, tensor in skeleton.state_dict().items():
             if name in stored and self.shape(name) != tuple(tensor.shape):
@@ -94,7 +104,13 @@ class SafetensorsSource(StoredNames):
     def checkpoint_name(self, name: str) -> str:
         return self.key(name)
 
+    def pieces(self, name: str) -> Pieces:
+        self.key(name)
+        return self._stacked.get(name, ())
+
     def shape(self, name: str) -> tuple[int, ...]:
+        if pieces := self.pieces(name):
+            return stack_shape(self._heads, pieces, f"{self._where}: {name}")
         return tuple(self._heads[self.key(name)].shape)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -102,7 +118,8 @@ class SafetensorsSource(StoredNames):
 
     def read(self, name: str) -> Tensor:
         key = self.key(name)
-        return read_tensor(self._files[key], key)
+        pieces = self.pieces(name)
+        return read_stack(self._files, pieces, self.shape(name)) if pieces else read_tensor(self._files[key], key)
 
 
 class ModuleSource(StoredNames):
@@ -112,10 +129,15 @@ class ModuleSource(StoredNames):
         persistent = module.state_dict()
         self._tensors: dict[str, Tensor] = dict(module.named_parameters())
         self._tensors.update({name: buffer for name, buffer in module.named_buffers() if name in persistent})
+        self._written = written_names(skeleton)
         super().__init__(skeleton, {name: name for name in self._tensors}, type(module).__name__)
 
     def checkpoint_name(self, name: str) -> str:
-        return self.key(name)
+        return self._written.single.get(name, self.key(name))
+
+    def pieces(self, name: str) -> Pieces:
+        self.key(name)
+        return self._written.stacked.get(name, ())
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[self.key(name)].shape)
@@ -147,6 +169,29 @@ def read_tensor(file: Path, key: str) -> Tensor:
     with safe_open(file, framework="pt") as handle:
         tensor: Tensor = handle.get_tensor(key)
     return tensor
+
+
+def stack_shape(heads: Mapping[str, Tensor], pieces: Pieces, where: str) -> tuple[int, ...]:
+    """Shape of a stack of experts, (E, O, I), by the shapes of its matrices.
+
+    Raises:
+        ModelError: these differ.
+    """
+    shapes = {tuple(heads[key].shape) for expert in pieces for key in expert}
+    if len(shapes) > 1:
+        raise ModelError(f"{where}: found experts of different shapes; needed equal ones; download it again")
+    rows, columns = shapes.pop()
+    return len(pieces), len(pieces[0]) * rows, columns
+
+
+def read_stack(files: Mapping[str, Path], pieces: Pieces, shape: tuple[int, ...]) -> Tensor:
+    """A stack of experts, each matrix read when its turn comes."""
+    stack = torch.empty(0)
+    for expert, keys in enumerate(pieces):
+        own = torch.cat([read_tensor(files[key], key) for key in keys])
+        stack = own.new_empty(shape) if expert == 0 else stack
+        stack[expert] = own
+    return stack
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:

@@ -31,7 +31,7 @@ from autoround.formats.gguf.plan import check_types, stored_types
 from autoround.formats.gguf.recipes import FILE_TYPES
 from autoround.formats.gguf.tokenizer import tokenizer_metadata
 from autoround.func.types import AsymBlockCodes, SymBlockCodes
-from autoround.plan import Plan
+from autoround.plan import LayerShape, Plan
 from autoround.spec import GgufSpec
 
 _ADVICE = "export it again"
@@ -41,7 +41,7 @@ class _Layer(NamedTuple):
     """A quantized layer: its name in the file, shape, spec, and its codes with rows in the order of the file."""
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     spec: GgufSpec
     codes: Callable[[], SymBlockCodes | AsymBlockCodes]
 
@@ -127,7 +127,7 @@ class GgufFile:
             if tensor.type in FLOATS:
                 _compare_floats(file, name, found[name].data, tensor.read())
         for layer in self._layers():
-            _compare_layer(file, layer, found[layer.name].data)
+            _compare_layer(file, layer, found[layer.name].data.flatten(0, -2))
 
     def _kept(self) -> Iterator[GgufTensor]:
         """Tensors that are not quantized."""
@@ -149,10 +149,17 @@ class GgufFile:
             for relative, spec in part.specs.items():
                 path = f"{part.prefix}{relative}"
                 shape = shapes[path].shape
-                (name,) = tensor_names(self.model.config, f"{path}.weight")
-                codes = partial(_ordered, part_codes, index, relative, row_order(self.model.config, path))
                 assert isinstance(spec, GgufSpec)
-                yield _Layer(name, (shape.out_features, shape.in_features), spec, codes)
+                matrix = (shape.rows, shape.in_features)
+                for place, name in enumerate(tensor_names(self.model.config, shape.parameter)):
+                    order_O = _part(shape, place) if shape.parts > 1 else row_order(self.model.config, path)
+                    codes = partial(_ordered, part_codes, index, relative, order_O)
+                    yield _Layer(name, (shape.experts, *matrix) if shape.experts else matrix, spec, codes)
+
+
+def _part(shape: LayerShape, place: int) -> Tensor:
+    """The rows of all experts that a stack stores in one tensor of the file, int64."""
+    return torch.arange(shape.out_features).view(shape.experts, shape.parts, -1)[:, place].flatten()
 
 
 def _plain_name(model: Model) -> str:

@@ -32,12 +32,14 @@ def plan_file(
     base = FILE_TYPES[file_type].base
 
     def fate(layer: LayerShape) -> LayerPlan:
-        names = tensor_names(config, f"{layer.path}.weight")
+        names = tensor_names(config, layer.parameter)
         if not names:
             return LayerPlan(shape=layer, spec=None, reason=f"tied to {layer.tied_to}")
         kind = types[names[0]]
         if kind in GGUF_TYPES:
             return LayerPlan(shape=layer, spec=GgufSpec(type=kind))
+        if layer.fixed:
+            return LayerPlan(shape=layer, spec=None, reason=f"{layer.fixed}: stored as {kind}")
         why = "" if base not in GGUF_TYPES else f": {layer.in_features} columns are no multiple of 32"
         return LayerPlan(shape=layer, spec=None, reason=f"stored as {kind}{why}")
 
@@ -62,7 +64,7 @@ def check_types(plan: Plan, file_type: str, config: Any, shapes: Mapping[str, tu
     """
     types = stored_types(file_type, config, shapes)
     for path, layer in plan.layers.items():
-        needed = [types[name] for name in tensor_names(config, f"{path}.weight")]
+        needed = [types[name] for name in tensor_names(config, layer.shape.parameter)]
         found = str(layer.spec).lower() if layer.spec else ""
         if needed and found != (needed[0] if needed[0] in GGUF_TYPES else ""):
             raise UsageError(

@@ -1,0 +1,114 @@
+"""What the experts of a block are given: how many tokens, and the mean squares of their inputs.
+
+Legend: E experts, N tokens, K experts that a token takes, I input features, D hidden size, O output features of all.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from autoround.func.types import RoundingParams
+
+
+class Routed(NamedTuple):
+    """What a module of experts has seen.
+
+    Attributes:
+        tokens_E: int64, tokens that each expert took.
+        all_I: float32, sum of the squares of all tokens, whatever experts they took.
+        squares: name of a stack -> float32 (E, I), sums of the squares of its inputs.
+    """
+
+    tokens_E: Tensor
+    all_I: Tensor
+    squares: dict[str, Tensor]
+
+    def add(self, other: "Routed") -> "Routed":
+        """Both together."""
+        squares = {name: own + other.squares[name] for name, own in self.squares.items()}
+        return Routed(self.tokens_E + other.tokens_E, self.all_I + other.all_I, squares)
+
+    def moments(self, count: int) -> dict[str, Tensor]:
+        """Mean squares (E, I) by stack. An expert that no token took is weighed by what all of them are, or evenly.
+
+        Args:
+            count: of all tokens.
+        """
+        tokens_E1 = self.tokens_E.unsqueeze(-1)
+        found = {}
+        for name, square_EI in self.squares.items():
+            first = square_EI.shape[1] == len(self.all_I) and name == next(iter(self.squares))
+            rest = self.all_I / max(count, 1) if first else torch.ones_like(square_EI[0])
+            found[name] = torch.where(tokens_E1 > 0, square_EI / tokens_E1.clamp(min=1), rest)
+        return found
+
+
+def observe(experts: Any, x_ND: Tensor, choice_NK: Tensor, valid_N: Tensor) -> Routed:
+    """Send tokens through the experts that they chose, and note the inputs of both projections.
+
+    Args:
+        experts: a module as transformers stacks them: ``gate_up_proj`` (or ``up_proj`` without gates) and ``down_proj``
+            of all experts, ``is_transposed``, ``has_gate``, ``has_bias``, and ``_apply_gate`` between the two.
+        x_ND: hidden states.
+        choice_NK: int64, the experts of each token.
+        valid_N: bool, tokens that count.
+
+    >>> experts = nn.Module()
+    >>> experts.has_gate, experts.has_bias, experts.is_transposed, experts.act_fn = False, False, False, nn.ReLU()
+    >>> experts.up_proj, experts.down_proj = nn.Parameter(torch.ones(2, 3, 1)), nn.Parameter(torch.ones(2, 1, 3))
+    >>> x_ND, choice_NK = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[0], [0], [1]])
+    >>> routed = observe(experts, x_ND, choice_NK, torch.tensor([True, True, False]))
+    >>> routed.tokens_E.tolist(), routed.squares["down_proj"].tolist(), routed.moments(2)["up_proj"].tolist()
+    ([2, 0], [[5.0, 5.0, 5.0], [0.0, 0.0, 0.0]], [[2.5], [2.5]])
+    """
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    stack, counts = getattr(experts, first), []
+    sums: dict[str, list[Tensor]] = {first: [], "down_proj": []}
+    for expert, weight in enumerate(stack):
+        x_MD = x_ND[(choice_NK == expert).any(-1) & valid_N]
+        bias_O = getattr(experts, f"{first}_bias")[expert] if experts.has_bias else None
+        y_MO = nn.functional.linear(x_MD, weight.mT if experts.is_transposed else weight, bias_O)
+        h_MI = experts._apply_gate(y_MO) if experts.has_gate else experts.act_fn(y_MO)
+        counts.append(len(x_MD))
+        for name, inputs in ((first, x_MD), ("down_proj", h_MI)):
+            sums[name].append(inputs.float().square().sum(0))
+    return Routed(
+        torch.tensor(counts, device=x_ND.device),
+        x_ND[valid_N].float().square().sum(0),
+        {name: torch.stack(own) for name, own in sums.items()},
+    )
+
+
+def by_module(paths: Iterator[str] | tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Module of experts -> names of its stacks.
+
+    >>> by_module(("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))
+    {'mlp.experts': ('gate_up_proj', 'down_proj')}
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for path in paths:
+        module, _, name = path.rpartition(".")
+        found[module] = (*found.get(module, ()), name)
+    return found
+
+
+def restore(params: RoundingParams, start: RoundingParams, starved_E: Tensor) -> RoundingParams:
+    """Parameters of a stack in which some experts are where they started.
+
+    Args:
+        params: after tuning.
+        start: before.
+        starved_E: bool, the experts concerned.
+
+    >>> one, zero = (RoundingParams(*(torch.full(size, value) for size in ((4, 1, 2), (4, 1), (4, 1))))
+    ...              for value in (1.0, 0.0))
+    >>> restore(one, zero, torch.tensor([False, True])).clip_min_OG.flatten().tolist()
+    [1.0, 1.0, 0.0, 0.0]
+    """
+    starved_O = starved_E.repeat_interleave(len(params.clip_min_OG) // len(starved_E))
+    fields = zip(params, start, strict=True)
+    return RoundingParams(
+        *(torch.where(starved_O.view(-1, *[1] * (own.ndim - 1)), before, own) for own, before in fields)
+    )
