@@ -6,6 +6,7 @@ states in the last axis; several streams of hidden states, as Gemma 3n has, lie 
 Legend: S streams, B samples, T tokens, H heads, D hidden size or size of a head, W all that lies side by side.
 """
 
+from collections import UserDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,7 +22,8 @@ from autoround.model.copies import without_data
 _HIDDEN = "hidden_states"
 # Key of the mapping -> (heads, size of a head) of each tensor (B, H, T, D) that it has there.
 Layout: TypeAlias = tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
-State: TypeAlias = dict[str, tuple[Tensor, ...]]
+# No plain dict, so that a block which carries it already runs in the model's own way.
+State: TypeAlias = UserDict[str, tuple[Tensor, ...]]
 
 
 class Carried(NamedTuple):
@@ -66,7 +68,7 @@ def attach(skeleton: nn.Module, calls: Sequence[Seen]) -> None:
             continue
         block, before = skeleton.get_submodule(call.block), layout
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            layout = _layout(_run(without_data(block), call, layout), call)
+            layout = _layout(_run(without_data(block, call.hidden.dtype), call, layout), call)
         if "carried" not in vars(block):
             block.register_forward_pre_hook(_take, with_kwargs=True)
             block.register_forward_hook(_lay_beside, with_kwargs=True)
@@ -102,8 +104,10 @@ def _run(block: nn.Module, call: Seen, layout: Layout) -> State:
     """What is in the mapping after a call without data."""
     hidden = torch.empty(call.hidden.shape, dtype=call.hidden.dtype)
     batch, tokens = hidden.shape[-3:-1]
-    state = {key: tuple(torch.empty(batch, heads, tokens, size, dtype=hidden.dtype) for heads, size in shapes)
-             for key, shapes in layout}  # fmt: skip
+    state = State({
+        key: tuple(torch.empty(batch, heads, tokens, size, dtype=hidden.dtype) for heads, size in shapes)
+        for key, shapes in layout
+    })  # fmt: skip
 
     def fill(leaf: Any) -> Any:
         return hidden if isinstance(leaf, Hidden) else state if isinstance(leaf, Fresh) else leaf

@@ -9,13 +9,13 @@ from torch import nn
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
-def without_data(module: Kind) -> Kind:
-    """A copy whose tensors have shapes and dtypes alone, weights those of most checkpoints.
+def without_data(module: Kind, dtype: torch.dtype) -> Kind:
+    """A copy whose tensors have shapes and dtypes alone, and floating-point weights the one given.
 
     To be called in a ``FakeTensorMode``, in which the copy runs.
     """
     memo: dict[int, object] = {id(each): torch.empty(each.shape, dtype=each.dtype) for each in module.buffers()}
     for parameter in module.parameters():
-        dtype = torch.bfloat16 if parameter.is_floating_point() else parameter.dtype
-        memo[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False)
+        own = dtype if parameter.is_floating_point() else parameter.dtype
+        memo[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=own), requires_grad=False)
     return copy.deepcopy(module, memo)

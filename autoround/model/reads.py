@@ -31,7 +31,7 @@ def read_directly(skeleton: PreTrainedModel) -> frozenset[str]:
     if not suspects:
         return frozenset()
     with FakeTensorMode(), torch.no_grad():
-        model = without_data(skeleton)
+        model = without_data(skeleton, torch.bfloat16)  # in which experts run without data too
         watched = {path: _Watched(model.get_submodule(path)) for path in suspects}
         for path, module in watched.items():
             model.set_submodule(path, module)
