@@ -38,16 +38,21 @@ def run(values: Mapping[str, Any]) -> str:
     Raises:
         AutoRoundError: nothing to export, or formats that cannot hold it.
     """
-    from autoround.cli.display import display
-    from autoround.cli.quantize import check
-    from autoround.export import Target, export_checkpoint, export_journal
-
     if "positional" not in values:
         raise UsageError(
             "export: found nothing to export; needed the folder OUT.journal of a run, or a quantized checkpoint; "
             "try auto-round export --help"
         )
     source = values["positional"]
+    if not any((Path(source) / name).is_file() for name in ("config.json", "manifest.json")):
+        raise UsageError(
+            f"export: {source}: found neither config.json nor manifest.json; needed a quantized checkpoint, or the "
+            "folder OUT.journal of a run"
+        )
+    from autoround.cli.display import display
+    from autoround.cli.quantize import check
+    from autoround.export import Target, export_checkpoint, export_journal
+
     recipe = Recipe(**{name: values[name] for name in SETTINGS if name in values})
     check(recipe)
     target = Target(
