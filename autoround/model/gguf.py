@@ -90,6 +90,13 @@ class GgufSource(StoredNames):
             if _STACK in key:
                 self._halves[stored[key]].append(key)
         super().__init__(skeleton, {name: key for key, name in stored.items()}, str(file.path))
+        for name, halves in self._halves.items():
+            columns, rows, experts = map(int, file.tensors[halves[0]].shape)
+            if (experts, rows * len(halves), columns) != self._shapes[name]:
+                raise ModelError(
+                    f"{file.path}: found {halves[0]} of {experts} x {rows} x {columns}; needed {self._shapes[name]} "
+                    f"for {name}, as transformers reads the sizes of experts; use the model's safetensors checkpoint"
+                )
 
     def checkpoint_name(self, name: str) -> str:
         self.key(name)

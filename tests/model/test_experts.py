@@ -106,3 +106,9 @@ def test_gguf_files_whose_experts_transformers_does_not_read_are_refused(tmp_pat
     write_model(make_gguf("mixtral"), tmp_path / "tiny.gguf")
     with pytest.raises(ModelError, match=r"ffn_down_exps|ffn_gate_exps|ffn_up_exps"):
         open_model(tmp_path / "tiny.gguf")
+
+
+def test_gguf_files_whose_sizes_transformers_does_not_read_are_refused(tmp_path: Path) -> None:
+    write_model(make_gguf("qwen3_moe", moe_intermediate_size=64), tmp_path / "tiny.gguf")
+    with pytest.raises(ModelError, match=r"found blk\.0\.ffn_down_exps\.weight of 4 x 32 x 64; needed \(4, 32, 768\)"):
+        open_model(tmp_path / "tiny.gguf")
