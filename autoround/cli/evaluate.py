@@ -124,4 +124,19 @@ def _measure(paths: Sequence[str], prepared: "Prepared", recipe: Recipe, screen:
     )
     if settings.eval_output is not None:
         Path(settings.eval_output).write_text(results.json() + "\n", encoding="utf-8")
-    return results.table()
+    names = short_names(paths)
+    models = tuple(replace(each, name=names.get(each.name, each.name)) for each in results.models)
+    return replace(results, models=models).table()
+
+
+def short_names(paths: Sequence[str]) -> dict[str, str]:
+    """Columns of a table that fits a terminal: the last parts of paths, if they differ.
+
+    >>> short_names(["out/auto_round", "out/fake"])
+    {'out/auto_round': 'auto_round', 'out/fake': 'fake'}
+    >>> short_names(["a/fake", "b/fake"])
+    {'a/fake': 'a/fake', 'b/fake': 'b/fake'}
+    """
+    names = {path: Path(path).name for path in paths}
+    differ = len({*names.values(), "", "float"}) == len(names) + 2
+    return names if differ else {path: path for path in paths}
