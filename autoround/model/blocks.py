@@ -1,7 +1,7 @@
 """The structure of a model, found from its modules."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -11,6 +11,7 @@ from autoround.func import linear_paths
 from autoround.model.reads import read_directly
 from autoround.plan import BlockShape, LayerShape, Structure
 
+_NO_MATRIX = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _READ_ITSELF = "the model computes with its weight without calling it"
 _SHARED = "several blocks share its weight"
 
@@ -51,6 +52,7 @@ def structure(skeleton: PreTrainedModel) -> Structure:
         shared = [path for path in paths if path.startswith(tuple(f"{block}." for block in blocks))]
         fixed.update((path, _SHARED) for path in shared if len(shared) > 1)
     layers = tuple(_shape(skeleton, path, owners, fixed.get(path, "")) for path in linear_paths(skeleton))
+    layers += tuple(layer for block in blocks for layer in _others(skeleton.get_submodule(block), block))
     return Structure(
         architecture=type(skeleton).__name__,
         blocks=tuple(
@@ -82,6 +84,18 @@ def _lists(root: nn.Module, prefix: str) -> list[str]:
 def _is_block(module: nn.Module) -> bool:
     paths = linear_paths(module)
     return bool(paths) and "" not in paths
+
+
+def _others(block: nn.Module, prefix: str) -> Iterator[LayerShape]:
+    """Matrices of modules that are no linear layers, such as JetMoe's lists of experts."""
+    linear = frozenset(linear_paths(block))
+    for path, module in block.named_modules(prefix=prefix):
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        known = isinstance(module, _NO_MATRIX) or path.removeprefix(f"{prefix}.") in linear
+        if weight is not None and weight.ndim > 1 and not known:
+            reason = f"{type(module).__name__} is no linear layer"
+            rows, columns = weight.flatten(0, -2).shape
+            yield LayerShape(path=path, out_features=rows, in_features=columns, linear=False, fixed=reason)
 
 
 def _shape(skeleton: nn.Module, path: str, owners: Mapping[int, list[str]], fixed: str) -> LayerShape:

@@ -5,7 +5,15 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPTJConfig, JambaConfig, LlamaConfig, LlamaForCausalLM, MambaConfig, PreTrainedModel
+from transformers import (
+    GPTJConfig,
+    JambaConfig,
+    JetMoeConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from autoround.model.blocks import find_blocks, structure
@@ -82,3 +90,16 @@ def test_buffers_that_are_not_saved_are_refilled(path: str) -> None:
     refill(model, [path])
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, expected[name]) == name.startswith(path)
+
+
+def test_matrices_of_other_modules_are_kept_with_a_reason() -> None:
+    sizes = {"kv_channels": 8, "num_key_value_heads": 1, "num_local_experts": 2, "intermediate_size": 16}
+    jetmoe = _model(JetMoeConfig(**_SMALL, **sizes))
+    block, _ = structure(jetmoe).blocks
+    shapes = {layer.path: (layer.out_features, layer.in_features, layer.fixed) for layer in block.layers}
+    reason = "JetMoeParallelExperts is no linear layer"
+    assert shapes["model.layers.0.mlp.input_linear"] == (2 * 2 * 16, 16, reason)
+    attention, mlp = (f"model.layers.0.{path}" for path in ("self_attention.experts", "mlp"))
+    assert {path for path, (_, _, fixed) in shapes.items() if fixed == reason} == {
+        f"{parent}.{name}" for parent in (attention, mlp) for name in ("input_linear", "output_linear")
+    }
