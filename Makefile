@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint format clients docs intel-table settings client-environments clean
+.PHONY: demo test lint format clients docs families intel-table settings client-environments clean
 
 demo: $(INSTALLED)
 	$(BIN)/python benchmarks/demo.py
@@ -27,6 +27,10 @@ clients: client-environments
 	AUTOROUND_CLIENT_VENV=$(CURDIR)/.venv-clients $(BIN)/pytest -q tests/clients -m clients --client-table docs/formats.md
 
 docs: intel-table settings
+
+# Runs every model family, prints the table and writes it to docs/models.md.
+families: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families.page
 
 # Writes docs/settings.md.
 settings: $(INSTALLED)
