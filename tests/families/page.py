@@ -21,7 +21,7 @@ _TITLES = {"dense": "Dense models", "hybrid": "Hybrid and recurrent models", "ex
 _HEAD = """# Model families
 
 Written by `make families`. Every row is a test: a tiny random model of transformers' own class is saved, quantized
-to 4 bits block by block and exported as `auto_round`; `autoround.load` reads the folder with the same class, and its
+to 2 bits block by block and exported as `auto_round`; `autoround.load` reads the folder with the same class, and its
 logits are those of the model with the codes' weights. Blocks lifted out of the model and called with what was recorded
 compute what the model computes, block after block; no tensor of a block is read twice; and the first block's outputs
 are closer to the float ones after tuning than after rounding to nearest.
