@@ -91,13 +91,8 @@ class PackedSource:
         return [self._read(layer, [kind for kind in self._packed[layer] if "zero" in kind])
                 for layer in self.layers[path]]  # fmt: skip
 
-    def packed(self, path: str) -> dict[str, Tensor]:
-        """The tensors of a packed layer of a single matrix by their last names."""
-        (layer,) = self.layers[path]
-        return self._read(layer, self._packed[layer])
-
     def matrices(self, path: str) -> Iterator[dict[str, Tensor]]:
-        """The same for every matrix of a packed layer."""
+        """The tensors of every matrix of a packed layer by their last names."""
         for layer in self.layers[path]:
             yield self._read(layer, self._packed[layer])
 

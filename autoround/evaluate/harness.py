@@ -15,7 +15,7 @@ from autoround.data.language import did_you_mean
 from autoround.errors import DataError, ModelError, UsageError
 from autoround.evaluate.opening import gguf_file, open_checkpoint
 from autoround.evaluate.results import Measure
-from autoround.evaluate.settings import Access, Evaluation
+from autoround.evaluate.settings import BUILT_IN, Access, Evaluation
 from autoround.hub import load
 
 SHIPPED = Path(__file__).parent / "tasks"
@@ -158,7 +158,7 @@ def _manager(names: Sequence[str], folders: list[Path]) -> Any:
 def _load(manager: Any, name: str) -> list[Any]:
     matched = [name] if Path(name).is_file() else manager.match_tasks([name])
     if not matched:
-        hint = did_you_mean(name, manager.all_tasks)
+        hint = did_you_mean(name, [*BUILT_IN, *manager.all_tasks])
         raise UsageError(f"tasks: found {name!r}; needed kl, perplexity or the name of a task of lm-eval{hint}")
     try:
         found = manager.load(matched)

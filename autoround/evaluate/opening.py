@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from autoround import func
 from autoround.convert import QuantizedModel, open_quantized
-from autoround.errors import FormatError, ModelError
+from autoround.errors import ModelError
 from autoround.evaluate.settings import Access
+from autoround.func.block import transposed_weights
 from autoround.model.gguf import open_gguf
 from autoround.model.hub import download
 from autoround.model.load import CONFIG, OpenModel, open_model
@@ -25,8 +25,10 @@ class DequantizedSource(StoredNames):
     """The tensors of a quantized checkpoint as those of a float model."""
 
     def __init__(self, quantized: QuantizedModel) -> None:
-        self._quantized, self._specs = quantized, quantized.plan.specs
-        names = (*quantized.source.names(), *(f"{path}.weight" for path in self._specs))
+        self._quantized, layers = quantized, quantized.plan.layers
+        self._paths = {layers[path].shape.parameter: path for path in quantized.plan.specs}
+        self._turned = transposed_weights(quantized.model.skeleton)
+        names = (*quantized.source.names(), *self._paths)
         super().__init__(quantized.model.skeleton, {name: name for name in names}, quantized.model.name)
 
     def checkpoint_name(self, name: str) -> str:
@@ -34,28 +36,31 @@ class DequantizedSource(StoredNames):
 
     def shape(self, name: str) -> tuple[int, ...]:
         key = self.key(name)
-        if key.removesuffix(".weight") in self._specs:
+        if key in self._paths:
             return tuple(self._quantized.model.skeleton.get_parameter(key).shape)
         return self._quantized.source.shape(key)
 
     def dtype(self, name: str) -> torch.dtype:
         key = self.key(name)
-        return torch.float32 if key.removesuffix(".weight") in self._specs else self._quantized.source.dtype(key)
+        return torch.float32 if key in self._paths else self._quantized.source.dtype(key)
 
     def read(self, name: str) -> Tensor:
-        """A packed weight is float32: scale times the distance of its codes from the zero point."""
+        """A packed weight is float32: scale times the distance of its codes from the zero point.
+
+        Raises:
+            FormatError: the columns of a layer are not in order.
+        """
         key = self.key(name)
-        path = key.removesuffix(".weight")
-        if path not in self._specs:
+        if key not in self._paths:
             return self._quantized.source.read(key)
-        spec = self._specs[path]
+        path = self._paths[key]
+        spec = self._quantized.plan.specs[path]
         assert isinstance(spec, QuantSpec), "no folder of safetensors holds other codes"
-        try:
-            codes = self._quantized.layout.codes(self._quantized.source.packed(path), spec)
-        except FormatError as error:
-            raise FormatError(f"{path}: {error}") from error
-        weight_OI = func.dequantize(codes, spec)
-        return weight_OI.mT if isinstance(self._quantized.model.skeleton.get_submodule(path), Conv1D) else weight_OI
+        weight = func.dequantize(self._quantized.codes(path, spec), spec)
+        experts = self._quantized.plan.layers[path].shape.experts
+        if experts:  # one below the other
+            weight = weight.view(experts, -1, weight.shape[1])
+        return weight.mT if f"{path}.weight" in self._turned else weight
 
 
 def open_checkpoint(path: str | Path, access: Access = Access()) -> OpenModel:  # noqa: B008
