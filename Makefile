@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 
 test: lint client-environments
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not clients"
-	AUTOROUND_CLIENT_VENV=$(CURDIR)/.venv-clients $(BIN)/pytest -q -m "slow or clients"
+	AUTOROUND_CLIENT_VENV=$(CURDIR)/.venv-clients OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m "slow or clients"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

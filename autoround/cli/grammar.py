@@ -24,7 +24,7 @@ SWITCHES: Mapping[str, str] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Grammar:
     """The words of one command.
 
