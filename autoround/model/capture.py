@@ -113,6 +113,7 @@ def _batch_axis(where: str, one: Tensor, two: Tensor, batches: tuple[int, int]) 
         raise ModelError(f"{where}: found shapes {shapes} for batches of {batches}; needed one batch axis")
     if axis is not None:
         one, two = one.chunk(batches[0], axis)[0], two.chunk(batches[1], axis)[0]
-    if not torch.allclose(one.double(), two.double(), rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True):
+    wide = torch.complex128 if one.is_complex() else torch.float64
+    if not torch.allclose(one.to(wide), two.to(wide), rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True):
         raise ModelError(f"{where}: found a tensor that depends on outputs of other blocks; this is not supported yet")
     return axis
