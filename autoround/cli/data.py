@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from autoround.cli.grammar import Grammar
+from autoround.cli.grammar import Grammar, word_or_flag
 from autoround.data.language import parse_specs
 from autoround.errors import UsageError
 from autoround.options import option, settings_of
@@ -64,9 +64,8 @@ def run(values: Mapping[str, Any]) -> str:
         AutoRoundError: no model, or data that would stop a run.
     """
     given = {name: values[name] for name in SETTINGS if name in values}
-    named = values.get("positional")
-    if named is not None and given.setdefault("dataset", named) != named:
-        raise UsageError(f"dataset: found {named!r} and {given['dataset']!r}; needed one")
+    if (named := word_or_flag(values, "dataset")) is not None:
+        given["dataset"] = named
     recipe, shown = Recipe(**given), Shown(**{name: values[name] for name in settings_of(Shown) if name in values})
     if not recipe.model:
         raise UsageError("data: found no model; needed one for its tokenizer; give --model")

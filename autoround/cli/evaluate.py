@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoround.cli.grammar import Grammar
+from autoround.cli.grammar import Grammar, word_or_flag
 from autoround.errors import UsageError
 from autoround.evaluate.settings import Access, Evaluation
 from autoround.options import settings_of
@@ -45,11 +45,9 @@ def run(values: Mapping[str, Any]) -> str:
     """
     from autoround.cli.display import display
 
-    named = values.get("positional", values.get("model"))
+    named = word_or_flag(values, "model")
     if not named:
         raise UsageError("eval: found no model; needed a folder, GGUF file or hub name; try auto-round eval --help")
-    if values.get("model", named) != named:
-        raise UsageError(f"model: found {named!r} and {values['model']!r}; needed one")
     recipe = Recipe(**{name: values[name] for name in MODEL if name in values and name != "model"}, model=named)
     evaluation = evaluation_of(values)
     with display(sys.stderr, json="log_json" in values, debug="debug" in values) as screen:

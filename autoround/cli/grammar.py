@@ -97,6 +97,21 @@ class Grammar:
         return parser
 
 
+def word_or_flag(values: Mapping[str, Any], name: str) -> Any:
+    """What the word without a flag says, or the flag that it stands for; None where neither was given.
+
+    Raises:
+        UsageError: both were given, and differ.
+
+    >>> word_or_flag({"positional": "m"}, "model"), word_or_flag({"model": "n"}, "model")
+    ('m', 'n')
+    """
+    word = values.get("positional")
+    if word is not None and values.get(name, word) != word:
+        raise UsageError(f"{name}: found {word!r} and {values[name]!r}; needed one")
+    return values.get(name) if word is None else word
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message.removeprefix("argument "))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from autoround import config
 from autoround.cli import evaluate
 from autoround.cli.commands import SUBCOMMANDS
-from autoround.cli.grammar import SWITCHES, Grammar
+from autoround.cli.grammar import SWITCHES, Grammar, word_or_flag
 from autoround.data.language import parse_specs
 from autoround.errors import UsageError
 from autoround.evaluate.settings import Evaluation
@@ -132,10 +132,8 @@ def parse(words: Sequence[str], preset: str) -> Command:
     settings = {name: values[name] for name in settings_of(Recipe) if name in values}
     if "config" in values:
         settings = config.read(values["config"]) | settings
-    if named := values.get("positional"):
-        if values.get("model", named) != named:
-            raise UsageError(f"model: found {named!r} and {values['model']!r}; needed one")
-        settings["model"] = named
+    if values.get("positional"):
+        settings["model"] = word_or_flag(values, "model")
     if not settings.get("model"):
         raise UsageError(f"model: found none; needed a hub name, folder or .gguf file; try {program(preset)} --help")
     settings, notes = adopt(settings, theirs, preset)
