@@ -24,6 +24,7 @@ from autoround.formats.packed import PackedLinear, StoredLinear
 from autoround.formats.packed_experts import PackedExperts
 from autoround.formats.stored import METHODS, Stored, stored
 from autoround.model.buffers import refill
+from autoround.model.load import gguf_file
 from autoround.model.names import Pieces, match_names
 from autoround.model.source import read_header
 
@@ -161,7 +162,7 @@ def load(
         ModelError: there is no such checkpoint, or its files are damaged.
         FormatError: its layout is not one this package reads.
     """
-    if (file := _gguf_file(Path(path))) is not None:
+    if (file := gguf_file(Path(path))) is not None and file.is_file():
         return _load_gguf(file, dtype or torch.float32, device)
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ModelError(f"{path}: found no config.json; needed a folder written by auto-round or by transformers")
@@ -176,16 +177,6 @@ def load(
             f"{path}: {cause}; needed a complete checkpoint folder or a hub name; check the path"
         ) from error
     return model
-
-
-def _gguf_file(path: Path) -> Path | None:
-    """The GGUF file that a path means, if it means one."""
-    if path.suffix == ".gguf" and path.is_file():
-        return path
-    files = [] if (path / "config.json").is_file() else sorted(path.glob("*.gguf"))
-    if len(files) > 1:
-        raise ModelError(f"{path}: found {len(files)} GGUF files; needed one; name the file, such as {files[0]}")
-    return files[0] if files else None
 
 
 def _load_gguf(file: Path, dtype: torch.dtype | str, device: torch.device | str | int | None) -> PreTrainedModel:

@@ -13,10 +13,11 @@ import torch
 
 from autoround.data.language import did_you_mean
 from autoround.errors import DataError, ModelError, UsageError
-from autoround.evaluate.opening import gguf_file, open_checkpoint
+from autoround.evaluate.opening import open_checkpoint
 from autoround.evaluate.results import Measure
 from autoround.evaluate.settings import BUILT_IN, Access, Evaluation
 from autoround.hub import load
+from autoround.model.load import gguf_file
 
 SHIPPED = Path(__file__).parent / "tasks"
 OFFLINE = "python_docs_cloze, python_docs_choice, python_docs_perplexity, kl and perplexity need no network"

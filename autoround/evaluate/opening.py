@@ -9,12 +9,11 @@ from torch import Tensor
 
 from autoround import func
 from autoround.convert import QuantizedModel, open_quantized
-from autoround.errors import ModelError
 from autoround.evaluate.settings import Access
 from autoround.func.block import transposed_weights
 from autoround.model.gguf import open_gguf
 from autoround.model.hub import download
-from autoround.model.load import CONFIG, OpenModel, open_model
+from autoround.model.load import CONFIG, OpenModel, gguf_file, open_model
 from autoround.model.source import StoredNames
 from autoround.spec import QuantSpec
 
@@ -111,21 +110,6 @@ def locate(path: str | Path, access: Access = Access()) -> Path:  # noqa: B008
     if folder.exists():
         return folder
     return download(str(path), revision=access.revision, cache_dir=access.cache_dir, token=access.token)
-
-
-def gguf_file(path: Path) -> Path | None:
-    """The GGUF file that a path means: itself, or the one in a folder of no other model; None for anything else.
-
-    Raises:
-        ModelError: the folder has several.
-    """
-    path = path.expanduser()
-    if path.suffix == ".gguf" and not path.is_dir():
-        return path
-    files = [] if (path / CONFIG).is_file() else sorted(path.glob("*.gguf"))
-    if len(files) > 1:
-        raise ModelError(f"{path}: found {len(files)} GGUF files; needed one; name the file, such as {files[0]}")
-    return files[0] if files else None
 
 
 def quantization_of(folder: Path) -> str:

@@ -82,6 +82,21 @@ class OpenModel:
         return tuple(sorted(file for file in files if file.name not in _REWRITTEN and file.is_file()))
 
 
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file that a path means: itself, or the one in a folder of no other model; None for anything else.
+
+    Raises:
+        ModelError: the folder has several.
+    """
+    path = path.expanduser()
+    if path.suffix == ".gguf" and not path.is_dir():
+        return path
+    files = [] if (path / CONFIG).is_file() else sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise ModelError(f"{path}: found {len(files)} GGUF files; needed one; name the file, such as {files[0]}")
+    return files[0] if files else None
+
+
 def open_model(
     model: str | Path | nn.Module,
     *,
