@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from autoround import __version__, config, func
-from autoround.backends.base import select
+from autoround.backends.base import select_all
 from autoround.coverage import is_token_count, token_stats
 from autoround.data.tokens import Calibration, load_calibration, needs_tokenizer
 from autoround.errors import AutoRoundError, UsageError
@@ -109,7 +109,8 @@ class Run:
         parse_size(recipe.max_shard_size)
         continued = not recipe.overwrite and (self.journal_folder / MANIFEST).exists()
         check_folder(self._output, overwrite=recipe.overwrite or continued)
-        self._backend, self._device = select(recipe.device_map)
+        self._backend, self._devices = select_all(recipe.device_map)
+        self._device = self._devices[0]
         recorded = read_manifest(self.journal_folder).get("numerics", {}) if continued else {}
         attention = recorded.get("attention") or self._backend.attention(recipe.seqlen)
         self.model = open_model(
@@ -126,7 +127,7 @@ class Run:
         recorded = {**needed_numerics(self.model.config.model_type), **recorded}
         self.plan: Plan = self._planned(shape, format_rules)
         self._numerics = choose_numerics(
-            recipe, self.plan, self._backend, self._device, {"attention": attention, **recorded}
+            recipe, self.plan, self._backend, len(self._devices), {"attention": attention, **recorded}
         )
         self._meter = Meter(len(self.plan.parts), recipe.iters, self._backend.memory_bytes, on_progress)
         self._journal: Journal | None = None
@@ -263,7 +264,7 @@ class Run:
         recipe, blocks, count = self.recipe, self.plan.blocks, len(self.plan.parts)
         tokens = recipe.batch_size * recipe.gradient_accumulate_steps * recipe.seqlen
         tuner = BlockTuner(
-            recipe, self._numerics, self._device, on_step=lambda done, loss: self._meter.step(done, tokens, loss)
+            recipe, self._numerics, self._devices, on_step=lambda done, loss: self._meter.step(done, tokens, loss)
         )
         templates, stream = self._captured(journal, calibration, start)
         for index in range(start, len(blocks)):

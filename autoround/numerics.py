@@ -1,6 +1,7 @@
 """How a run computes: the backend's choices, made once and kept with the journal."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ COMPILE_SEARCHED = 100_000_000
 
 
 def choose_numerics(
-    recipe: Recipe, plan: Plan, backend: Backend, device: torch.device, recorded: Mapping[str, Any]
+    recipe: Recipe, plan: Plan, backend: Backend, devices: int, recorded: Mapping[str, Any]
 ) -> Numerics:
     """The backend's choices, or those recorded by the run that this one continues.
 
@@ -27,11 +28,12 @@ def choose_numerics(
     Args:
         recipe: the settings.
         plan: the fate of every layer.
-        backend: of the device.
-        device: where blocks run.
+        backend: of the devices.
+        devices: how many there are; the micro-batches of a step are shared out evenly among them.
         recorded: names of choices that are made already -> their values, the attention among them.
     """
-    steps = recipe.iters * recipe.batch_size * recipe.gradient_accumulate_steps * recipe.seqlen
+    rows = recipe.batch_size * recipe.gradient_accumulate_steps
+    steps = recipe.iters * rows * recipe.seqlen
     compiled = recipe.torch_compile
     if compiled is None:
         compiled = backend.compile_helps(steps * len(plan.blocks)) or _searched(recipe, plan) >= COMPILE_SEARCHED
@@ -41,11 +43,12 @@ def choose_numerics(
             LOGGER.warning("torch_compile: experts are not compiled in %s; needed bfloat16; runs uncompiled", dtype)
         compiled = False
     chosen = Numerics(
-        device=device.type,
+        device=backend.name,
         dtype=str(dtype).removeprefix("torch."),
         attention=recorded["attention"],
-        compiled=compiled and (recipe.iters > 0 or recipe.searches_clips),
+        compiler=backend.compiler if compiled and (recipe.iters > 0 or recipe.searches_clips) else None,
         threads=torch.get_num_threads(),
+        micro_batches=min(math.lcm(recipe.gradient_accumulate_steps, devices), rows, recipe.nsamples),
     )
     return dataclasses.replace(chosen, **{**recorded, "device": chosen.device})
 

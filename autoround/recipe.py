@@ -81,7 +81,8 @@ class Recipe:
         "last", "parameters to keep: the last ones, or those of the best minibatch", "tuning",
         choices=("last", "best"))
 
-    device_map: str = option("auto", "auto, cpu, cuda or the number of a CUDA device", "device", "device", "devices")
+    device_map: str = option(
+        "auto", "auto, cpu, cuda, xpu, hpu, or numbers of accelerators: 0,1,2,3", "device", "device", "devices")
     low_gpu_mem_usage: bool = option(False, "keep activations in host memory", "device")
     torch_compile: bool | None = option(
         None, "compile the tuning step; on where it helps when unset", "device", "enable_torch_compile",

@@ -3,13 +3,15 @@
 Everything numeric happens in ``autoround.func``; here its functions meet devices, batches and the recipe.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from autoround import func
 from autoround.backends.base import Numerics, jit
@@ -71,7 +73,8 @@ class BlockTuner:
     Args:
         recipe: the settings.
         numerics: dtype and whether to compile.
-        device: where blocks run; rows may live elsewhere.
+        devices: where blocks run; rows may live elsewhere. Of several, each computes its share of the rows, and the
+            first one does the rest.
         on_step: called with (steps done, loss reader) after every step.
     """
 
@@ -79,11 +82,11 @@ class BlockTuner:
         self,
         recipe: Recipe,
         numerics: Numerics,
-        device: torch.device,
+        devices: Sequence[torch.device],
         *,
         on_step: Callable[[int, Callable[[], float]], None],
     ) -> None:
-        self._recipe, self._numerics, self._device, self._on_step = recipe, numerics, device, on_step
+        self._recipe, self._numerics, self._devices, self._on_step = recipe, numerics, devices, on_step
         self._dtype = numerics.torch_dtype
         self._compiled: dict[Any, Any] = {}
 
@@ -100,7 +103,7 @@ class BlockTuner:
         Args:
             index: its place in call order; with the recipe's seed it decides the batches.
             block_fn: the lifted block.
-            tensors: all its parameters and buffers, on the device; linear weights (O, I).
+            tensors: all its parameters and buffers, on the first device; linear weights (O, I).
             specs: layer path relative to the block -> how its weight is stored.
             inputs: None rounds to nearest without any data.
 
@@ -118,12 +121,7 @@ class BlockTuner:
         params = fusion.merge(self._start(weights, observed.moments, specs))
         weights = weights._replace(tuned=fusion.merge(weights.tuned))
         del float_tensors
-        step, optimizer = self._step(block_fn, fusion)
-        state = func.init_state(params, optimizer, keep_best=self._recipe.keep == "best")
-        batches = self._batches(index, inputs, target_NTD)
-        result = func.tune_block(
-            step, weights, state, batches, on_step=lambda done, loss: self._on_step(done, loss.item)
-        )
+        result = self._take_steps(block_fn, fusion, weights, params, partial(self._batches, index, inputs, target_NTD))
         tuned = _restored(fusion.split(result.params), fusion.split(params), observed.tokens)
         codes = _quantize(fusion.split(weights.tuned), tuned, specs)
         rounded = {f"{path}.weight": func.dequantize(own, specs[path]).to(self._dtype) for path, own in codes.items()}
@@ -140,7 +138,7 @@ class BlockTuner:
 
         Args:
             path: for messages.
-            weight_OI: its weight, on the device.
+            weight_OI: its weight, on the first device.
             spec: how it is stored.
             moment_I: mean square of its inputs; all columns count alike when None.
 
@@ -161,16 +159,18 @@ class BlockTuner:
         self, block_fn: func.BlockFn, tensors: Mapping[str, Tensor], template: CallTemplate, x_NTD: Tensor
     ) -> Tensor:
         """The block's outputs for all rows, where the rows live, in the dtype that the block returns."""
-        y_NTD = torch.empty(0)
+        y_NTD, replicas = torch.empty(0), _replicas(tensors, self._devices)
         with torch.no_grad():
-            for rows_B in torch.arange(len(x_NTD)).split(self._recipe.batch_size):
-                y_BTD = block_fn(tensors, self._call(template, x_NTD, rows_B))
+            for rows_B, device in zip(
+                torch.arange(len(x_NTD)).split(self._recipe.batch_size), itertools.cycle(self._devices), strict=False
+            ):
+                y_BTD = block_fn(replicas[device], self._call(template, x_NTD, rows_B, device))
                 y_NTD = y_NTD if len(y_NTD) else y_BTD.new_empty(len(x_NTD), *y_BTD.shape[1:], device=x_NTD.device)
                 y_NTD[rows_B] = y_BTD.to(y_NTD.device)
         return y_NTD
 
-    def _call(self, template: CallTemplate, x_NTD: Tensor, rows_B: Tensor) -> func.Call:
-        return template.bind(x_NTD[rows_B].to(self._device), rows_B)
+    def _call(self, template: CallTemplate, x_NTD: Tensor, rows_B: Tensor, device: torch.device) -> func.Call:
+        return template.bind(x_NTD[rows_B].to(device), rows_B)
 
     def _observe(
         self,
@@ -185,7 +185,8 @@ class BlockTuner:
             return init.Observed({}, {})
         x_NTD, valid_NT = inputs.stream.quantized_NTD, inputs.valid_NT
         rows = torch.arange(len(x_NTD) if stacked else min(len(x_NTD), MOMENT_ROWS)).split(self._recipe.batch_size)
-        calls = ((self._call(inputs.template, x_NTD, rows_B), valid_NT[rows_B].to(self._device)) for rows_B in rows)
+        home = self._devices[0]
+        calls = ((self._call(inputs.template, x_NTD, rows_B, home), valid_NT[rows_B].to(home)) for rows_B in rows)
         return init.observe_inputs(block_fn, tensors, calls, specs)
 
     def _start(
@@ -204,34 +205,57 @@ class BlockTuner:
         error_CN: Tensor = errors(weight_NS, scale_CN, shift_CN, moment_NS, spec)
         return error_CN
 
-    def _step(self, block_fn: func.BlockFn, fusion: func.Fusion) -> tuple[Any, func.Transform]:
-        """The step over what ``_batches`` yields, and its optimizer."""
+    def _take_steps(
+        self,
+        block_fn: func.BlockFn,
+        fusion: func.Fusion,
+        weights: func.BlockWeights,
+        params: func.Params,
+        batches: Callable[[Sequence[torch.device]], Iterator[list[func.Batch]]],
+    ) -> func.TuneResult:
+        """All steps of a block, each over one batch, or over micro-batches that the devices share."""
         specs, fused_fn = fusion.specs, fusion.lift(block_fn)
         optimizer = make_optimizer(self._recipe, max((spec.bits for spec in specs.values()), default=4))
+        state = func.init_state(params, optimizer, keep_best=self._recipe.keep == "best")
         key = (block_fn.signature, *specs.items(), *fusion.members.items())
-        if self._recipe.gradient_accumulate_steps == 1:
-            make = partial(func.make_step, fused_fn, specs, optimizer, dtype=self._dtype)
-            return self._once(("step", *key), make), optimizer
-        gradient = self._once(("gradient", *key), partial(func.make_gradient, fused_fn, specs, dtype=self._dtype))
+        places = self._places()
+
+        def on_step(done: int, loss: Tensor) -> None:
+            self._on_step(done, loss.item)
+
+        if len(places) == 1:
+            step = self._once(("step", *key), partial(func.make_step, fused_fn, specs, optimizer, dtype=self._dtype))
+            return func.tune_block(step, weights, state, (batch for (batch,) in batches(places)), on_step=on_step)
+        make = partial(func.make_gradient, fused_fn, specs, dtype=self._dtype)
+        gradients = [self._once(("gradient", device, *key), make) for device in places]
         update = self._once(("update", *key), partial(func.make_update, optimizer, specs))
-        return func.accumulate(gradient, update), optimizer
+        step, replicas = func.accumulate(gradients, update), _replicas(weights, places)
+        return func.tune_block(step, [replicas[device] for device in places], state, batches(places), on_step=on_step)
+
+    def _places(self) -> list[torch.device]:
+        """The device of each micro-batch of a step: neighbours share one."""
+        parts = self._numerics.micro_batches
+        return [self._devices[part * len(self._devices) // parts] for part in range(parts)]
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         """A function made, and compiled, once per key for the whole run."""
         if key not in self._compiled:
-            self._compiled[key] = jit(make(), enabled=self._numerics.compiled)
+            self._compiled[key] = jit(make(), compiler=self._numerics.compiler)
         return self._compiled[key]
 
-    def _batches(self, index: int, inputs: Inputs, target_NTD: Tensor) -> Iterator[Any]:
-        """One element per step: a batch, or a list of micro-batches."""
-        recipe, parts = self._recipe, self._recipe.gradient_accumulate_steps
+    def _batches(
+        self, index: int, inputs: Inputs, target_NTD: Tensor, places: Sequence[torch.device]
+    ) -> Iterator[list[func.Batch]]:
+        """The micro-batches of every step, on the devices that ``places`` names."""
+        recipe = self._recipe
 
-        def batch(rows_B: Tensor) -> func.Batch:
-            call = self._call(inputs.template, inputs.stream.quantized_NTD, rows_B)
-            return func.Batch(call, target_NTD[rows_B].to(self._device), inputs.valid_NT[rows_B].to(self._device))
+        def batch(rows_B: Tensor, device: torch.device) -> func.Batch:
+            call = self._call(inputs.template, inputs.stream.quantized_NTD, rows_B, device)
+            return func.Batch(call, target_NTD[rows_B].to(device), inputs.valid_NT[rows_B].to(device))
 
-        for rows in batch_rows(recipe.seed, index, len(target_NTD), recipe.batch_size * parts, recipe.iters):
-            yield batch(rows) if parts == 1 else [batch(rows_B) for rows_B in rows.chunk(parts)]
+        size = recipe.batch_size * recipe.gradient_accumulate_steps
+        for rows in batch_rows(recipe.seed, index, len(target_NTD), size, recipe.iters):
+            yield [batch(*part) for part in zip(rows.tensor_split(len(places)), places, strict=True)]
 
 
 def make_optimizer(recipe: Recipe, bits: int) -> func.Transform:
@@ -283,6 +307,11 @@ def _restored(params: func.Params, start: func.Params, tokens: Mapping[str, Tens
         path: restore(own, start[path], starved[module]) if (module := path.rpartition(".")[0]) in starved else own
         for path, own in params.items()
     }
+
+
+def _replicas(tree: Any, devices: Sequence[torch.device]) -> dict[torch.device, Any]:
+    """A tree of tensors on each device; where it is already, it is not copied."""
+    return {device: tree_map(lambda leaf, own=device: leaf.to(own), tree) for device in dict.fromkeys(devices)}
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

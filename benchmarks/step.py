@@ -56,7 +56,7 @@ def make_block(
     return block_fn, tensors, func.Batch(call, target_BTD, valid_BT.to(device)), specs
 
 
-def make_step(options: argparse.Namespace, block: Any, dtype: torch.dtype) -> Callable[[], None]:
+def make_step(block: Any, dtype: torch.dtype, compiler: str | None) -> Callable[[], None]:
     """A function that takes one step after another."""
     block_fn, tensors, batch, specs = block
     weights = func.split_tensors(tensors, specs)
@@ -66,7 +66,7 @@ def make_step(options: argparse.Namespace, block: Any, dtype: torch.dtype) -> Ca
     weights = func.BlockWeights(fusion.merge(weights.tuned), frozen)
     rate = func.signsgd(func.linear_decay(1 / 200, 200))
     optimizer = func.partition({"offset": rate, "clip": rate}, func.by_field)
-    step = jit(func.make_step(fusion.lift(block_fn), fusion.specs, optimizer, dtype=dtype), enabled=not options.eager)
+    step = jit(func.make_step(fusion.lift(block_fn), fusion.specs, optimizer, dtype=dtype), compiler=compiler)
     states = [func.init_state(params, optimizer, keep_best=False)]
 
     def take() -> None:
@@ -133,7 +133,7 @@ def run() -> None:
           f"{attention} attention, {'eager' if options.eager else 'compiled'}")  # fmt: skip
     block = make_block(options, device, dtype, attention)
     start = time.perf_counter()
-    take = make_step(options, block, dtype)
+    take = make_step(block, dtype, None if options.eager else backend.compiler)
     take()
     print(f"first step, compilation included: {time.perf_counter() - start:.1f} s")
     bound, operations = make_bound(block[1], options.batch * options.seqlen, dtype)

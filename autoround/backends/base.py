@@ -20,15 +20,17 @@ class Numerics:
         device: torch device type.
         dtype: in which blocks compute, by name; parameters, losses and codes are float32 whatever it is.
         attention: transformers' attention implementation.
-        compiled: whether the tuning step is compiled.
+        compiler: of the tuning step, as ``torch.compile`` calls it; None leaves it uncompiled.
         threads: of the CPU.
+        micro_batches: into how many parts the rows of a step are divided.
     """
 
     device: str
     dtype: str
     attention: str
-    compiled: bool
+    compiler: str | None
     threads: int
+    micro_batches: int
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -37,12 +39,18 @@ class Numerics:
 
 
 class Backend(Protocol):
-    """One kind of device."""
+    """One kind of device.
+
+    Attributes:
+        name: torch device type.
+        compiler: what ``torch.compile`` calls the compiler for it.
+    """
 
     name: str
+    compiler: str
 
-    def available(self) -> bool:
-        """Whether this machine has it."""
+    def count(self) -> int:
+        """How many of its devices this machine has."""
         ...
 
     def compute_dtype(self) -> torch.dtype:
@@ -58,7 +66,7 @@ class Backend(Protocol):
         ...
 
     def memory_bytes(self) -> int:
-        """Memory this process holds on the device, in bytes."""
+        """Memory this process holds on its devices, in bytes."""
         ...
 
     def release_memory(self) -> None:
@@ -66,63 +74,87 @@ class Backend(Protocol):
         ...
 
 
+# Accelerators come in the order in which ``auto`` and plain numbers look for them.
 BACKENDS: Mapping[str, str] = {
     "cpu": "autoround.backends.cpu:CPU",
-    "cuda": "autoround.backends.cuda:CUDA",
+    "cuda": "autoround.backends.gpu:CUDA",
+    "xpu": "autoround.backends.gpu:XPU",
+    "hpu": "autoround.backends.hpu:HPU",
 }
+ACCELERATORS = tuple(kind for kind in BACKENDS if kind != "cpu")
 
 
 def select(device_map: str) -> tuple[Backend, torch.device]:
-    """The backend and device that ``--device_map`` names.
+    """The backend and the first device that ``--device_map`` names; see ``select_all``."""
+    backend, devices = select_all(device_map)
+    return backend, devices[0]
+
+
+def select_all(device_map: str) -> tuple[Backend, tuple[torch.device, ...]]:
+    """The backend and all devices that ``--device_map`` names.
 
     Args:
-        device_map: auto (the first accelerator, else the CPU), cpu, cuda, or a CUDA device as ``1`` or ``cuda:1``.
+        device_map: auto (the first accelerator, else the CPU); or devices of one kind, separated by commas, each a
+            kind (``cpu``, ``cuda``), a kind and a number (``xpu:1``), or the number of an accelerator (``1``).
 
     Raises:
-        UsageError: unknown, not supported yet, or not on this machine.
+        UsageError: unknown, named twice, of several kinds, or not on this machine.
     """
-    name = device_map.strip().lower()
-    if name == "auto":
-        name = "cuda" if _load("cuda").available() else "cpu"
-    if name.isdigit():
-        name = f"cuda:{name}"
-    several = [each.strip().removeprefix("cuda:") for each in name.split(",")]
-    if "{" in name or (len(several) > 1 and all(map(_here, several))):
-        raise UsageError(f"device_map: found {device_map!r}; needed a single device: runs over several come later")
-    if len(several) > 1 and all(each.isdigit() for each in several):
-        raise UsageError(_lacking(device_map))
-    kind, _, index = name.partition(":")
-    if kind not in BACKENDS or (index and not index.isdigit()):
+    accelerator = next((kind for kind in ACCELERATORS if load(kind).count()), None)
+    if device_map.strip().lower() == "auto":
+        kind = accelerator or "cpu"
+        return load(kind), (torch.device(kind),)
+    found = [_parse(part, accelerator or ACCELERATORS[0], device_map) for part in device_map.split(",")]
+    if len({kind for kind, _ in found}) > 1:
+        raise UsageError(f"device_map: found {device_map!r}; needed devices of one kind")
+    if len(set(found)) < len(found):
+        raise UsageError(f"device_map: found {device_map!r}; needed each device once")
+    backend = load(found[0][0])
+    if any((index or 0) >= backend.count() for _, index in found):
         raise UsageError(
-            f"device_map: found {device_map!r}; needed auto, {', '.join(BACKENDS)} or a CUDA device number"
+            f"device_map: found {device_map!r}; needed a device of this machine, which has a CPU and "
+            f"{_accelerators()}; use {'one of them, or auto' if accelerator else 'cpu'}"
         )
-    backend = _load(kind)
-    if not backend.available() or (kind == "cuda" and index and not _here(index)):
-        raise UsageError(_lacking(device_map))
-    return backend, torch.device(kind, int(index)) if index else torch.device(kind)
+    return backend, tuple(torch.device(kind) if index is None else torch.device(kind, index) for kind, index in found)
 
 
-def _here(index: str) -> bool:
-    """Whether this machine has the CUDA device of that number."""
-    return index.isdigit() and int(index) < torch.cuda.device_count()
+def _parse(part: str, accelerator: str, device_map: str) -> tuple[str, int | None]:
+    """Kind and number of one device; a number alone is one of the accelerator's."""
+    kind, _, index = part.strip().lower().partition(":")
+    if kind.isdigit() and not index:
+        kind, index = accelerator, kind
+    if kind not in BACKENDS or (index and not index.isdigit()) or (kind == "cpu" and index):
+        raise UsageError(
+            f"device_map: found {device_map!r}; needed auto, {', '.join(BACKENDS)}, or numbers of accelerators with "
+            "commas between them"
+        )
+    return kind, int(index) if index else None
 
 
-def _lacking(device_map: str) -> str:
-    """What is said of devices that are not there."""
-    count = torch.cuda.device_count()
-    has = {0: "no CUDA device that torch sees", 1: "one CUDA device, 0"}.get(count, f"CUDA devices 0 to {count - 1}")
-    use = "cpu" if count == 0 else "one of them, or auto"
-    return f"device_map: found {device_map!r}; needed a device of this machine, which has a CPU and {has}; use {use}"
+def _accelerators() -> str:
+    """The accelerators of this machine in words."""
+    counts = {kind.upper(): load(kind).count() for kind in ACCELERATORS}
+    words = [f"one {kind} device, 0" if count == 1 else f"{kind} devices 0 to {count - 1}"
+             for kind, count in counts.items() if count]  # fmt: skip
+    return " and ".join(words) or "no accelerator that torch sees"
 
 
-def jit(function: F, *, enabled: bool) -> F:
-    """Compile a function of fixed shapes whole, apart from other compilations of the same code; or return it."""
-    if not enabled:
-        return function
-    return torch.compile(function, fullgraph=True, dynamic=False, isolate_recompiles=True)  # type: ignore[return-value]
-
-
-def _load(kind: str) -> Backend:
+def load(kind: str) -> Backend:
+    """The backend of a kind of device, whether or not this machine has one."""
     module, _, name = BACKENDS[kind].partition(":")
     backend: Backend = getattr(import_module(module), name)
     return backend
+
+
+def jit(function: F, *, compiler: str | None) -> F:
+    """Compile a function of fixed shapes whole, apart from other compilations of the same code; or return it.
+
+    Args:
+        function: traceable as a whole.
+        compiler: what ``torch.compile`` calls it; None returns the function.
+    """
+    if compiler is None:
+        return function
+    return torch.compile(  # type: ignore[return-value]
+        function, fullgraph=True, dynamic=False, isolate_recompiles=True, backend=compiler
+    )

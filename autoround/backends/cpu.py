@@ -19,10 +19,11 @@ class CpuBackend:
     """torch on the host's processor."""
 
     name = "cpu"
+    compiler = "inductor"
 
-    def available(self) -> bool:
-        """Always."""
-        return True
+    def count(self) -> int:
+        """All processors are one device."""
+        return 1
 
     def compute_dtype(self) -> torch.dtype:
         """bfloat16 where the processor multiplies it natively, else float32."""

@@ -1,6 +1,6 @@
 """One tuning step as a pure function: gradient, update, projection (SignRound, arXiv 2309.05516, section 3.2)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -198,13 +198,19 @@ def make_step(
 
 
 def accumulate(
-    gradient: Gradient, update: Update
-) -> Callable[[BlockWeights, TuneState, list[Batch]], tuple[TuneState, Tensor]]:
-    """A step over several micro-batches, summed in order and weighted by their valid tokens.
+    gradients: Sequence[Gradient], update: Update
+) -> Callable[[Sequence[BlockWeights], TuneState, Sequence[Batch]], tuple[TuneState, Tensor]]:
+    """A step over several micro-batches, weighted by their valid tokens, on one device or several.
+
+    Parameters are sent to the device of each micro-batch, and gradients back. They are summed in pairs, then pairs of
+    pairs, so that the result does not depend on which device computed what.
 
     Args:
-        gradient: from ``make_gradient``, compiled or not.
-        update: from ``make_update``, compiled or not.
+        gradients: for each micro-batch, from ``make_gradient``, compiled or not.
+        update: from ``make_update``, compiled or not; runs on the device of the state.
+
+    Returns:
+        (weights of each micro-batch, on its device; state; micro-batches) -> (state, loss).
 
     >>> from autoround.spec import QuantSpec
     >>> from autoround.func.block import make_block_fn, split_weights
@@ -216,21 +222,39 @@ def accumulate(
     >>> parts = [Batch(Call((x[row],), {}), batch.target_BTD[row], valid[row]) for row in ([0], [1])]
     >>> gradient, state = make_gradient(make_block_fn(block), specs), init_state(init_params(weights.tuned), optimizer)
     >>> _, whole = make_step(make_block_fn(block), specs, optimizer)(weights, state, batch)
-    >>> _, summed = accumulate(gradient, make_update(optimizer, specs))(weights, state, parts)
+    >>> _, summed = accumulate([gradient] * 2, make_update(optimizer, specs))([weights] * 2, state, parts)
     >>> torch.allclose(whole, summed)
     True
     """
 
-    def step(weights: BlockWeights, state: TuneState, batches: list[Batch]) -> tuple[TuneState, Tensor]:
-        total = torch.stack([batch.valid_BT.sum() for batch in batches]).sum()
-        grads: Any = None
-        value = torch.zeros_like(state.best_loss)
-        for batch in batches:
-            share = batch.valid_BT.sum() / total
-            part, part_value = gradient(weights, state.params, batch)
-            part = tree_map(lambda leaf, share=share: leaf * share, part)
-            grads = part if grads is None else tree_map(torch.add, grads, part)
-            value = value + part_value * share
+    def step(replicas: Sequence[BlockWeights], state: TuneState, batches: Sequence[Batch]) -> tuple[TuneState, Tensor]:
+        home = state.step.device
+        counts = [batch.valid_BT.sum().to(home) for batch in batches]
+        total = torch.stack(counts).sum()
+        params = {batch.valid_BT.device: _moved(state.params, batch.valid_BT.device) for batch in batches}
+
+        def part(index: int) -> tuple[Params, Tensor]:
+            batch, device = batches[index], batches[index].valid_BT.device
+            share = (counts[index] / total).to(device)
+            found: tuple[Params, Tensor] = tree_map(
+                lambda leaf: leaf * share, gradients[index](replicas[index], params[device], batch)
+            )
+            return found
+
+        grads, value = _moved(_sum_in_pairs(part, 0, len(batches)), home)
         return update(state, grads, value), value
 
     return step
+
+
+def _sum_in_pairs(part: Callable[[int], Any], first: int, last: int) -> Any:
+    """The parts from ``first`` to before ``last``, halves added to halves, on the device of the first one."""
+    if last - first == 1:
+        return part(first)
+    middle = (first + last + 1) // 2
+    left, right = _sum_in_pairs(part, first, middle), _sum_in_pairs(part, middle, last)
+    return tree_map(lambda mine, other: mine + other.to(mine.device), left, right)
+
+
+def _moved(tree: Any, device: torch.device) -> Any:
+    return tree_map(lambda leaf: leaf.to(device), tree)

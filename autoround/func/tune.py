@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from autoround.errors import ModelError
-from autoround.func.types import BlockWeights, Params, TuneState
+from autoround.func.types import Params, TuneState
 
+W = TypeVar("W")
 B = TypeVar("B")
 
 
@@ -25,8 +26,8 @@ class TuneResult(NamedTuple):
 
 
 def tune_block(
-    step: Callable[[BlockWeights, TuneState, B], tuple[TuneState, Tensor]],
-    weights: BlockWeights,
+    step: Callable[[W, TuneState, B], tuple[TuneState, Tensor]],
+    weights: W,
     state: TuneState,
     batches: Iterable[B],
     *,
@@ -36,7 +37,7 @@ def tune_block(
 
     Args:
         step: from ``make_step`` or ``accumulate``, compiled or not.
-        weights: the block's tensors.
+        weights: the block's tensors, as the step takes them.
         state: from ``init_state``; its ``best_params`` decide whether the best or the last parameters are returned.
         batches: one element per step.
         on_step: called with (steps done, 0-d loss); reading the loss waits for the device.
@@ -47,7 +48,7 @@ def tune_block(
     >>> def step(weights, state, batch):
     ...     return state._replace(params={"up": batch}), torch.tensor(float(batch))
     >>> state = TuneState({"up": 0}, (), {}, torch.tensor(torch.inf), torch.tensor(0))
-    >>> result = tune_block(step, BlockWeights({}, {}), state, [3, 2, 1])
+    >>> result = tune_block(step, None, state, [3, 2, 1])
     >>> result.params, result.losses_K.tolist()
     ({'up': 1}, [3.0, 2.0, 1.0])
     """

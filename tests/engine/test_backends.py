@@ -1,16 +1,21 @@
 """Devices by name, what they choose, and that a run goes on with the choices it began with."""
 
 import json
+import re
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from autoround.backends.base import BACKENDS, Numerics, jit, select
+from autoround.backends.base import BACKENDS, Numerics, jit, load, select, select_all
 from autoround.backends.cpu import COMPILE_TOKEN_STEPS, CPU, EXPLICIT_ATTENTION_TOKENS
+from autoround.backends.gpu import CUDA, XPU
+from autoround.backends.hpu import HPU
 from autoround.engine import Run, quantize
 from autoround.errors import JournalError, UsageError
 from autoround.journal import MANIFEST
@@ -32,7 +37,7 @@ def test_auto_is_the_cpu_where_there_is_nothing_else() -> None:
 @NO_GPU
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "0", "7", "0,1,2,3", "cuda:0, cuda:1"])
 def test_a_device_that_is_not_there(name: str) -> None:
-    has = "a device of this machine, which has a CPU and no CUDA device that torch sees; use cpu"
+    has = "a device of this machine, which has a CPU and no accelerator that torch sees; use cpu"
     with pytest.raises(UsageError, match=f"^device_map: found '{name}'; needed {has}$"):
         select(name)
 
@@ -56,17 +61,78 @@ def test_a_number_that_is_too_large_is_told_which_there_are(
     assert select("0")[1] == torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("name", ["tpu", "xpu", "hpu", "", "gpu", "cuda:first", "cpu:x", "-1"])
+@pytest.mark.parametrize("name", ["tpu", "", "gpu", "cuda:first", "cpu:x", "cpu:0", "-1", "0,,1", "{'model': 0}"])
 def test_names_that_are_no_device(name: str) -> None:
-    with pytest.raises(UsageError, match=f"device_map: found '{name}'; needed auto, cpu, cuda or a CUDA device number"):
+    needed = "needed auto, cpu, cuda, xpu, hpu, or numbers of accelerators with commas between them"
+    with pytest.raises(UsageError, match=f"^{re.escape(f'device_map: found {name!r}; {needed}')}$"):
         select(name)
 
 
-@pytest.mark.parametrize("name", ["0,1", "cuda:0,cuda:1", "{'model': 0}"])
-def test_several_devices_come_later(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UsageError, match="needed a single device"):
-        select(name)
+def test_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("0,1,2,3", " cuda:0, 1 ,CUDA:2,3"):
+        assert select_all(name) == (CUDA, tuple(torch.device("cuda", index) for index in range(4)))
+    assert select("3,1") == (CUDA, torch.device("cuda", 3))
+
+
+@pytest.mark.parametrize(("name", "needed"), [("0,cuda:0", "each device once"), ("cpu,cuda:0", "devices of one kind")])
+def test_devices_that_do_not_go_together(name: str, needed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UsageError, match=f"device_map: found '{name}'; needed {needed}"):
+        select_all(name)
+
+
+class FakeAccelerator:
+    """What the backends of Intel's devices call, with answers of a machine that has two of them."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def is_available(self) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return 2
+
+    def is_bf16_supported(self) -> bool:
+        return True
+
+    def memory_allocated(self, index: int) -> int:
+        return 1000 + index
+
+    def empty_cache(self) -> None:
+        self.calls.append("empty_cache")
+
+
+def test_intel_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeAccelerator()
+    monkeypatch.setattr(torch, "xpu", fake)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert select_all("auto") == (XPU, (torch.device("xpu"),))
+    assert select_all("0,1") == (XPU, (torch.device("xpu", 0), torch.device("xpu", 1)))
+    with pytest.raises(UsageError, match="a CPU and XPU devices 0 to 1; use one of them, or auto"):
+        select("xpu:2")
+    assert (XPU.compute_dtype(), XPU.attention(64), XPU.compiler) == (torch.bfloat16, "sdpa", "inductor")
+    assert XPU.compile_helps(10**9)
+    assert XPU.memory_bytes() == 2001
+    XPU.release_memory()
+    assert fake.calls == ["empty_cache"]
+
+
+def test_gaudi(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, package, bridge = FakeAccelerator(), ModuleType("habana_frameworks"), ModuleType("habana_frameworks.torch")
+    package.__spec__ = ModuleSpec("habana_frameworks", None)
+    modules = {"habana_frameworks": package, "habana_frameworks.torch": bridge, "habana_frameworks.torch.hpu": fake}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert select_all("hpu:0,hpu:1") == (HPU, (torch.device("hpu", 0), torch.device("hpu", 1)))
+    assert (HPU.compute_dtype(), HPU.attention(64), HPU.compiler) == (torch.bfloat16, "sdpa", "hpu_backend")
+    assert HPU.compile_helps(10**9)
+    assert HPU.memory_bytes() == 2001
+    HPU.release_memory()
 
 
 def test_the_device_is_checked_before_the_model_is_read(tmp_path: Path) -> None:
@@ -76,7 +142,7 @@ def test_the_device_is_checked_before_the_model_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_every_backend_answers_what_the_engine_asks(name: str) -> None:
-    if name != "cpu" and not torch.cuda.is_available():
+    if not load(name).count():
         pytest.skip("needs the device")
     backend, device = select(name)
     assert backend.name == device.type == name
@@ -114,12 +180,12 @@ def test_a_function_is_compiled_on_demand_only() -> None:
     def double(x: torch.Tensor) -> torch.Tensor:
         return 2 * x
 
-    assert jit(double, enabled=False) is double
-    assert jit(double, enabled=True) is not double
+    assert jit(double, compiler=None) is double
+    assert jit(double, compiler="inductor") is not double
 
 
 def test_numerics_name_a_dtype() -> None:
-    numerics = Numerics(device="cpu", dtype="bfloat16", attention="eager", compiled=False, threads=1)
+    numerics = Numerics(device="cpu", dtype="bfloat16", attention="eager", compiler=None, threads=1, micro_batches=1)
     assert numerics.torch_dtype is torch.bfloat16
 
 
@@ -135,15 +201,16 @@ def test_choices_are_recorded(tmp_path: Path) -> None:
         "device": "cpu",
         "dtype": str(CPU.compute_dtype()).removeprefix("torch."),
         "attention": CPU.attention(TOKENS),
-        "compiled": False,
+        "compiler": None,
         "threads": torch.get_num_threads(),
+        "micro_batches": 1,
     }
 
 
 def test_compiling_is_recorded_where_there_are_steps(tmp_path: Path) -> None:
     run = quantize(make(), recipe(tmp_path, "rtn", torch_compile=True))
     next(iter(run))
-    assert recorded(run)["compiled"] is False
+    assert recorded(run)["compiler"] is None
 
 
 def test_recorded_choices_are_used_when_a_run_goes_on(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_compiled_float32_is_refused_with_a_word(tmp_path: Path, caplog: pytest.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(CPU), "compute_dtype", lambda self: torch.float32)
         run = quantize(mixtures.make("qwen3_moe"), recipe(tmp_path, bits=4, torch_compile=True, format=("fake",)))
-    assert not run._numerics.compiled
+    assert not run._numerics.compiler
     assert "experts are not compiled in torch.float32" in caplog.text
 
 

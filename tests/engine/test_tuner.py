@@ -19,7 +19,7 @@ from autoround.recipe import Recipe
 from autoround.tuner import BlockTuner, batch_rows, make_optimizer
 from tests.engine.small import ROWS, TOKENS, codes, make, pin, recipe, replaced, rows, tune
 
-FLOAT32 = Numerics(device="cpu", dtype="float32", attention="eager", compiled=False, threads=1)
+FLOAT32 = Numerics(device="cpu", dtype="float32", attention="eager", compiler=None, threads=1, micro_batches=1)
 
 
 @settings(deadline=None)
@@ -108,7 +108,7 @@ def test_the_clip_search_weighs_channels_by_their_inputs(sym: bool, tmp_path: Pa
 
 
 def test_a_block_with_nothing_to_quantize_passes_through(tmp_path: Path) -> None:
-    tuner = BlockTuner(recipe(tmp_path, "rtn"), FLOAT32, torch.device("cpu"), on_step=lambda done, loss: None)
+    tuner = BlockTuner(recipe(tmp_path, "rtn"), FLOAT32, [torch.device("cpu")], on_step=lambda done, loss: None)
     block = torch.nn.Sequential(torch.nn.Linear(8, 8))
     tuned = tuner.tune(0, func.make_block_fn(block), dict(block.state_dict()), {}, None)
     assert tuned.codes == {}
@@ -119,11 +119,11 @@ def test_a_block_with_nothing_to_quantize_passes_through(tmp_path: Path) -> None
 def test_a_layer_alone_is_quantized_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same as in one piece; and the search is compiled once for each group size, whatever the bits."""
     made: list[object] = []
-    monkeypatch.setattr("autoround.tuner.jit", lambda function, enabled: made.append(function) or function)
+    monkeypatch.setattr("autoround.tuner.jit", lambda function, compiler: made.append(function) or function)
     monkeypatch.setattr("autoround.tuner.LAYER_ELEMENTS", 5 * 64)
     torch.manual_seed(0)
     weight_OI, moment_I = torch.randn(12, 64), torch.rand(64)
-    tuner = BlockTuner(Recipe(clip_search=True), FLOAT32, torch.device("cpu"), on_step=lambda done, loss: None)
+    tuner = BlockTuner(Recipe(clip_search=True), FLOAT32, [torch.device("cpu")], on_step=lambda done, loss: None)
     for spec in (func.QuantSpec(bits=bits, group_size=size) for size in (16, 32) for bits in (2, 8)):
         found = tuner.quantize_layer("head", weight_OI, spec, moment_I)
         prepared = func.prepare(weight_OI, spec)

@@ -1,9 +1,13 @@
 """Lifting, stepping and tuning: eager against compiled, one compilation for equal blocks, RTN as zero steps."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from autoround import func as F
 from autoround.errors import ModelError
@@ -131,9 +135,33 @@ def test_micro_batches_sum_to_the_whole_batch(block: Block) -> None:
         for i in range(2)
     ]
     whole, loss = F.make_step(F.make_block_fn(block), SPECS, optimizer)(weights, state, batch)
-    parts, parts_loss = F.accumulate(gradient, update)(weights, state, rows)
+    parts, parts_loss = F.accumulate([gradient] * 2, update)([weights] * 2, state, rows)
     torch.testing.assert_close(parts_loss, loss)
     torch.testing.assert_close(parts.params["up"].offset_OGS, whole.params["up"].offset_OGS)
+
+
+def test_micro_batches_are_computed_where_they_are(block: Block) -> None:
+    """Fake tensors know their devices and refuse to mix them, on any machine; autograd does not work with them."""
+    weights, optimizer = F.split_weights(block, SPECS), F.signsgd(F.constant(0.1))
+    state, batch = F.init_state(F.init_params(weights.tuned), optimizer), make_batch(block)
+    mode = FakeTensorMode()
+    fake_weights, fake_state, fake_batch = tree_map(mode.from_tensor, (weights, state, batch))
+
+    def gradient(own: F.BlockWeights, params: F.Params, rows: F.Batch) -> tuple[F.Params, Tensor]:
+        value = (rows.target_BTD * own.frozen["gain"]).sum()
+        return tree_map(lambda leaf: leaf * value, params), value
+
+    def on(index: int, tree: Any) -> Any:
+        return tree_map(lambda leaf: leaf.to(f"cuda:{index}"), tree)
+
+    with mode:
+        places, home = [0, 0, 1, 2], on(0, fake_state)
+        replicas, batches = ([on(index, each) for index in places] for each in (fake_weights, fake_batch))
+        step = F.accumulate([gradient] * 4, F.make_update(optimizer, SPECS))
+        after, loss = step(replicas, home, batches)
+        with pytest.raises(RuntimeError, match="cuda:1"):
+            step(replicas[:1] * 4, home, batches)
+    assert {leaf.device for leaf in tree_leaves((after, loss))} == {torch.device("cuda:0")}
 
 
 def test_padding_does_not_count(block: Block) -> None:

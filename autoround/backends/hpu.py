@@ -1,0 +1,55 @@
+"""Intel Gaudi through its bridge to torch, habana_frameworks.torch, which adds the device type ``hpu``.
+
+Tested against a recorded fake of the calls below; not run on hardware.
+"""
+
+import gc
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+COMPILE_TOKEN_STEPS = 10_000_000
+
+
+class HpuBackend:
+    """torch on its accelerators."""
+
+    name = "hpu"
+    compiler = "hpu_backend"
+
+    def count(self) -> int:
+        """Accelerators that the bridge sees; none without it."""
+        if find_spec("habana_frameworks") is None:
+            return 0
+        bridge = _bridge()
+        return int(bridge.device_count()) if bridge.is_available() else 0
+
+    def compute_dtype(self) -> torch.dtype:
+        """bfloat16, which its matrix units are built for."""
+        return torch.bfloat16
+
+    def attention(self, seqlen: int) -> str:
+        """torch's own form, which the bridge's compiler fuses."""
+        del seqlen  # no bearing here
+        return "sdpa"
+
+    def compile_helps(self, token_steps: int) -> bool:
+        """Only for runs that outlast the compilation."""
+        return token_steps >= COMPILE_TOKEN_STEPS
+
+    def memory_bytes(self) -> int:
+        """Memory that the bridge holds on all of them."""
+        return sum(int(_bridge().memory_allocated(index)) for index in range(self.count()))
+
+    def release_memory(self) -> None:
+        """The bridge keeps no cache that could be emptied; Python's garbage may hold tensors."""
+        gc.collect()
+
+
+def _bridge() -> Any:
+    return import_module("habana_frameworks.torch.hpu")
+
+
+HPU = HpuBackend()
