@@ -10,7 +10,7 @@ from autoround.errors import JournalError
 from autoround.formats.contents import BlockCodes, Contents
 from autoround.formats.gguf.file import GgufFile
 from autoround.formats.registry import get_format, resolve_name, rules
-from autoround.formats.writer import check_folder, parse_size, write_checkpoint, write_folder
+from autoround.formats.writer import check_folder, checkpoint_files, parse_size, write_checkpoint, write_folder
 from autoround.journal import MANIFEST, ORIGIN, Journal, digest, read_manifest
 from autoround.model.blocks import embedding
 from autoround.model.experts import describe
@@ -69,21 +69,53 @@ def write_formats(
         AutoRoundError: see ``write_checkpoint``.
     """
     names = tuple(map(resolve_name, target.formats))
-    files = {name: GgufFile(file_type=file_type, model=model, plan=plan, codes=codes)
-             for name in names if (file_type := rules(name).file_type)}  # fmt: skip
-    for file in files.values():
-        file.check()
     several = len(names) > 1
     folders = tuple(target.folder / name.replace(":", "_") if several else target.folder for name in names)
-    for name, folder in zip(names, folders, strict=True):
+    outputs = [_output(name, model, plan, codes, target) for name in names]
+    for name, folder, output in zip(names, folders, outputs, strict=True):
         on_format(name, folder)
-        if (file := files.get(name)) is not None:
-            _write_file(file, folder, overwrite=target.overwrite)
-            continue
-        dtype = target.dtype or ("float16" if model.gguf_file else None)
-        contents = Contents(model=model, plan=plan, codes=codes, form=get_format(name).suited(plan), dtype=dtype)
-        write_checkpoint(contents, folder, max_shard_size=target.max_shard_size, overwrite=target.overwrite)
+        if isinstance(output, GgufFile):
+            _write_file(output, folder, overwrite=target.overwrite)
+        else:
+            write_checkpoint(output, folder, max_shard_size=target.max_shard_size, overwrite=target.overwrite)
     return folders
+
+
+def weight_files(model: OpenModel, plan: Plan, target: Target) -> dict[str, dict[str, int]]:
+    """What ``write_formats`` would write, but for configuration and tokenizer: format -> name of a file -> bytes.
+
+    No weight is read and no code is asked for.
+
+    Args:
+        model: the float model.
+        plan: the fate of its layers.
+        target: where to, and which formats.
+
+    Raises:
+        AutoRoundError: a format cannot hold the plan.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for name in map(resolve_name, target.formats):
+        output = _output(name, model, plan, _no_codes, target)
+        if isinstance(output, GgufFile):
+            found[name] = output.weight_files()
+        else:
+            found[name] = checkpoint_files(output, max_shard_size=target.max_shard_size)
+    return found
+
+
+def _output(name: str, model: OpenModel, plan: Plan, codes: BlockCodes, target: Target) -> GgufFile | Contents:
+    """What a format is written from."""
+    if file_type := rules(name).file_type:
+        file = GgufFile(file_type=file_type, model=model, plan=plan, codes=codes)
+        file.check()
+        return file
+    dtype = target.dtype or ("float16" if model.gguf_file else None)
+    return Contents(model=model, plan=plan, codes=codes, form=get_format(name).suited(plan), dtype=dtype)
+
+
+def _no_codes(index: int) -> dict[str, Any]:
+    raise IndexError(f"part {index}: found no codes yet")
 
 
 def _write_file(file: GgufFile, folder: Path, *, overwrite: bool) -> None:

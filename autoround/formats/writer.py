@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -118,22 +118,46 @@ def parse_size(text: str | int) -> int:
     return size
 
 
+def checkpoint_files(contents: Contents, *, max_shard_size: str | int = "5GB") -> dict[str, int]:
+    """The files of weights that ``write_checkpoint`` would write, the index of shards included: name -> bytes.
+
+    Codes are not asked for.
+
+    Args:
+        contents: what would be written.
+        max_shard_size: largest size of one file.
+
+    Raises:
+        UsageError: ``max_shard_size`` is not a size.
+    """
+    shards = _shards(contents.heads(), parse_size(max_shard_size))
+    sizes = {
+        file: len(_header(heads)[0]) + sum(head.nbytes for head in heads.values()) for file, heads in shards.items()
+    }
+    return sizes | ({INDEX: len(_json(_index(shards)).encode())} if len(shards) > 1 else {})
+
+
 def _write_weights(contents: Contents, folder: Path, limit: int) -> None:
     """Fill files of bounded size tensor by tensor, and index them if there are several."""
-    shards = _shards(contents.heads(), limit)
-    files, tensors = _file_names(len(shards)), contents.tensors()
-    for file, heads in zip(files, shards, strict=True):
+    shards, tensors = _shards(contents.heads(), limit), contents.tensors()
+    for file, heads in shards.items():
         with (folder / file).open("wb") as stream:
-            place = _write_header(stream, heads)
+            header, place = _header(heads)
+            stream.write(header)
             for name, tensor in itertools.islice(tensors, len(heads)):
                 stream.seek(place[name])
                 parts = pieces(tensor, heads[name].dtype, name)
                 written = sum(stream.write(part.view(torch.uint8).numpy().data) for part in parts)
                 assert written == heads[name].nbytes, f"{name}: {written} of {heads[name].nbytes} bytes"
     if len(shards) > 1:
-        total = sum(head.nbytes for heads in shards for head in heads.values())
-        weight_map = {name: file for file, heads in zip(files, shards, strict=True) for name in heads}
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_json(folder / INDEX, _index(shards))
+
+
+def _index(shards: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """What tells in which file each tensor is."""
+    total = sum(head.nbytes for heads in shards.values() for head in heads.values())
+    weight_map = {name: file for file, heads in shards.items() for name in heads}
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
 def _file_names(count: int) -> list[str]:
@@ -142,8 +166,8 @@ def _file_names(count: int) -> list[str]:
     )
 
 
-def _shards(heads: Iterable[tuple[str, Tensor]], limit: int) -> list[dict[str, Tensor]]:
-    """Share tensors out to files, in their order."""
+def _shards(heads: Iterable[tuple[str, Tensor]], limit: int) -> dict[str, dict[str, Tensor]]:
+    """Share tensors out to files, in their order: name of the file -> its tensors."""
     shards: list[dict[str, Tensor]] = [{}]
     free = limit
     for name, head in heads:
@@ -152,11 +176,11 @@ def _shards(heads: Iterable[tuple[str, Tensor]], limit: int) -> list[dict[str, T
             free = limit
         shards[-1][name] = head
         free -= head.nbytes
-    return shards
+    return dict(zip(_file_names(len(shards)), shards, strict=True))
 
 
-def _write_header(stream: BinaryIO, heads: Mapping[str, Tensor]) -> dict[str, int]:
-    """Begin a safetensors file; where each tensor belongs in it.
+def _header(heads: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
+    """How a safetensors file begins, and where each tensor belongs in it.
 
     The library itself tells the order in a file and the names of dtypes: by the header that it gives empty tensors.
     """
@@ -168,8 +192,8 @@ def _write_header(stream: BinaryIO, heads: Mapping[str, Tensor]) -> dict[str, in
             entry["data_offsets"] = [offset, offset := offset + heads[name].nbytes]
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    stream.write(struct.pack("<Q", len(text)) + text)
-    return {name: 8 + len(text) + header[name]["data_offsets"][0] for name in heads}
+    begin = struct.pack("<Q", len(text)) + text
+    return begin, {name: len(begin) + header[name]["data_offsets"][0] for name in heads}
 
 
 def _write_side_files(contents: Contents, folder: Path) -> None:
@@ -201,7 +225,11 @@ def _float_dtype(source: Source) -> torch.dtype:
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
+    file.write_text(_json(content))
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
 
 
 def _sync(folder: Path) -> None:

@@ -18,7 +18,9 @@ from autoround.errors import ModelError
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py")
 
 
-def download(name: str, *, revision: str | None, cache_dir: str | Path | None, token: str | bool | None) -> Path:
+def download(
+    name: str, *, revision: str | None, cache_dir: str | Path | None, token: str | bool | None, weights: bool = True
+) -> Path:
     """Bring a model into the local cache and return its folder; without a connection the cache is used as it is.
 
     Args:
@@ -26,6 +28,7 @@ def download(name: str, *, revision: str | None, cache_dir: str | Path | None, t
         revision: branch, tag or commit.
         cache_dir: the hub's own default when None.
         token: for private and gated models; that of ``hf auth login`` when None.
+        weights: bring the weights too, not only what is beside them.
 
     Raises:
         ModelError: not a model's name, no such model or revision, no access, or neither a connection nor a cached copy.
@@ -36,7 +39,7 @@ def download(name: str, *, revision: str | None, cache_dir: str | Path | None, t
             revision=revision,
             cache_dir=cache_dir,
             token=token,
-            allow_patterns=[*SIDE_FILES, "*.safetensors"],
+            allow_patterns=[*SIDE_FILES, "*.safetensors"] if weights else list(SIDE_FILES),
             ignore_patterns=["*/*.safetensors", "consolidated*"],
         )
     except HFValidationError as error:

@@ -20,8 +20,9 @@ from autoround.errors import ModelError
 from autoround.log import LOGGER
 from autoround.model.gguf import GgufSource, open_gguf, read_config
 from autoround.model.hub import SIDE_FILES, download
+from autoround.model.remote import remote_headers
 from autoround.model.skeleton import build_skeleton, copy_skeleton
-from autoround.model.source import INDEX, ModuleSource, SafetensorsSource, WeightSource
+from autoround.model.source import INDEX, Headers, ModuleSource, SafetensorsSource, WeightSource
 
 CONFIG = "config.json"
 # Written anew with every checkpoint; the last three are where loaders look for the quantization of a folder.
@@ -98,7 +99,7 @@ def gguf_file(path: Path) -> Path | None:
 
 
 def open_model(
-    model: str | Path | nn.Module,
+    model: "str | Path | nn.Module | OpenModel",
     *,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
@@ -110,7 +111,8 @@ def open_model(
     """Open a model; no weight is loaded, but all files are checked to be complete.
 
     Args:
-        model: a folder, a ``.gguf`` file, a hub name, or a transformers model in memory, which is never changed.
+        model: a folder, a ``.gguf`` file, a hub name, or a transformers model in memory, which is never changed; one
+            that is opened already is returned.
         revision: branch, tag or commit of a hub name.
         cache_dir: where hub downloads are kept.
         token: for private hub models.
@@ -121,7 +123,9 @@ def open_model(
     Raises:
         ModelError: no such model, missing, damaged or already quantized files, or an unsupported architecture.
     """
-    if isinstance(model, nn.Module):
+    if isinstance(model, OpenModel):
+        opened = model
+    elif isinstance(model, nn.Module):
         opened = _open_module(model, tokenizer)
     elif (path := Path(model).expanduser()).suffix == ".gguf":
         opened = _open_gguf(path, tokenizer)
@@ -131,6 +135,26 @@ def open_model(
     if attn_implementation is not None:
         _set_attention(opened, attn_implementation)
     return opened
+
+
+def open_headers(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+) -> OpenModel:
+    """``open_model``, but the weights of a hub model stay there: what is known of them comes from their headers.
+
+    Args and errors are those of ``open_model``.
+    """
+    path = Path(model).expanduser()
+    if path.exists() or path.suffix == ".gguf":
+        return open_model(path, trust_remote_code=trust_remote_code)
+    folder = download(str(model), revision=revision, cache_dir=cache_dir, token=token, weights=False)
+    headers = remote_headers(str(model), folder, token=token)
+    return _open_folder(str(model), folder, None, trust_remote_code, headers)
 
 
 def _open_module(module: nn.Module, tokenizer: Any) -> OpenModel:
@@ -157,11 +181,13 @@ def _open_gguf(path: Path, tokenizer: Any) -> OpenModel:
         folder=path.parent, gguf_file=path.name, own_tokenizer=tokenizer)  # fmt: skip
 
 
-def _open_folder(name: str, folder: Path, tokenizer: Any, trust_remote_code: bool) -> OpenModel:
+def _open_folder(
+    name: str, folder: Path, tokenizer: Any, trust_remote_code: bool, headers: Headers | None = None
+) -> OpenModel:
     config = folder_config(folder, trust_remote_code=trust_remote_code)
     skeleton = build_skeleton(config, str(folder), trust_remote_code=trust_remote_code)
     return OpenModel(
-        name=name, skeleton=skeleton, config=config, source=SafetensorsSource(folder, skeleton),
+        name=name, skeleton=skeleton, config=config, source=SafetensorsSource(folder, skeleton, headers),
         folder=folder, trust_remote_code=trust_remote_code, own_tokenizer=tokenizer)  # fmt: skip
 
 

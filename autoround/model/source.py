@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +15,8 @@ from autoround.model.names import Pieces, add_tied, match_names, written_names
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Tensors by their names in the checkpoint: the file of each, and each without data.
+Headers: TypeAlias = tuple[dict[str, Path], dict[str, Tensor]]
 
 
 class WeightSource(Protocol):
@@ -84,12 +86,17 @@ class SafetensorsSource(StoredNames):
 
     Files are mapped, not loaded, and only while a tensor of theirs is in use.
 
+    Args:
+        folder: where the files are.
+        skeleton: the model.
+        headers: what ``read_headers`` would return, of files that need not be there until a tensor is read.
+
     Raises:
         ModelError: no such files, a missing or damaged one, or tensors that do not fit the model; names the file.
     """
 
-    def __init__(self, folder: Path, skeleton: PreTrainedModel) -> None:
-        self._files, self._heads = read_headers(folder)
+    def __init__(self, folder: Path, skeleton: PreTrainedModel, headers: Headers | None = None) -> None:
+        self._files, self._heads = headers or read_headers(folder)
         single, self._stacked = match_names(skeleton, self._heads, str(folder))
         firsts = {name: pieces[0][0] for name, pieces in self._stacked.items()}
         stored = {**single, **firsts}
@@ -149,7 +156,7 @@ class ModuleSource(StoredNames):
         return self._tensors[self.key(name)].detach()
 
 
-def read_headers(folder: Path) -> tuple[dict[str, Path], dict[str, Tensor]]:
+def read_headers(folder: Path) -> Headers:
     """The tensors of a folder by their names in the checkpoint: the file of each, and each without data.
 
     Raises:
@@ -200,18 +207,27 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         return (folder / WEIGHTS,)
     if not (folder / INDEX).is_file():
         raise _no_weights(folder)
-    try:
-        shards = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(
-            f"{folder / INDEX}: found no weight_map ({error!r}); needed a valid index; download it again"
-        ) from error
+    shards = shard_names(folder)
     for shard in shards:
         if not (folder / shard).is_file():
             raise ModelError(
                 f"{folder}: found no {shard}; needed the {len(shards)} files of {INDEX}; download it again"
             )
     return tuple(folder / shard for shard in shards)
+
+
+def shard_names(folder: Path) -> list[str]:
+    """The files that an index names, in order.
+
+    Raises:
+        ModelError: it is not a valid index.
+    """
+    try:
+        return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(
+            f"{folder / INDEX}: found no weight_map ({error!r}); needed a valid index; download it again"
+        ) from error
 
 
 def _no_weights(folder: Path) -> ModelError:

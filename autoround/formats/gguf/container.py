@@ -100,19 +100,20 @@ def write_gguf(file: Path, metadata: Mapping[str, Value], tensors: Sequence[Gguf
         FormatError: a value, name or shape that GGUF cannot hold.
         OSError: the file cannot be written; what is written stays.
     """
-    head = bytearray(struct.pack("<IIQQ", gguf.GGUF_MAGIC, gguf.GGUF_VERSION, len(tensors), len(metadata)))
-    for key, value in metadata.items():
-        encoded = _encode(key, value)
-        head += _string(key) + struct.pack("<I", encoded.type) + encoded.content
-    offset = 0
-    for tensor in tensors:
-        head += _info(tensor, offset)
-        offset += _padded(_nbytes(tensor))
+    head = _head(metadata, tensors)
     with file.open("wb") as stream:
         stream.write(head)
-        stream.write(bytes(_padded(len(head)) - len(head)))
         for tensor in tensors:
             _write_data(stream, tensor)
+
+
+def file_bytes(metadata: Mapping[str, Value], tensors: Sequence[GgufTensor]) -> int:
+    """Size of the file that ``write_gguf`` would write; no data is read.
+
+    Raises:
+        FormatError: a value, name or shape that GGUF cannot hold.
+    """
+    return len(_head(metadata, tensors)) + data_bytes(tensors)
 
 
 def data_bytes(tensors: Sequence[GgufTensor]) -> int:
@@ -233,6 +234,19 @@ def _read_head(file: Path) -> tuple[dict[str, Encoded], list[_Info], int]:
 
 def _damaged(file: Path, found: str) -> FormatError:
     return FormatError(f"{file}: found no complete GGUF file: {found}; needed one; write or download it again")
+
+
+def _head(metadata: Mapping[str, Value], tensors: Sequence[GgufTensor]) -> bytes:
+    """All that comes before the data."""
+    head = bytearray(struct.pack("<IIQQ", gguf.GGUF_MAGIC, gguf.GGUF_VERSION, len(tensors), len(metadata)))
+    for key, value in metadata.items():
+        encoded = _encode(key, value)
+        head += _string(key) + struct.pack("<I", encoded.type) + encoded.content
+    offset = 0
+    for tensor in tensors:
+        head += _info(tensor, offset)
+        offset += _padded(_nbytes(tensor))
+    return bytes(head) + bytes(_padded(len(head)) - len(head))
 
 
 def _encode(key: str, value: Value) -> Encoded:

@@ -22,6 +22,7 @@ from autoround.formats.gguf.container import (
     Value,
     copied_metadata,
     data_bytes,
+    file_bytes,
     quantization_metadata,
     read_tensors,
     write_gguf,
@@ -71,6 +72,10 @@ class GgufFile:
     def nbytes(self) -> int:
         """Of its tensors."""
         return data_bytes(self.tensors())
+
+    def weight_files(self) -> dict[str, int]:
+        """The file that ``write`` would write: name -> bytes; codes are not asked for."""
+        return {self.name: file_bytes(self.metadata(), self.tensors())}
 
     def check(self) -> None:
         """Refuse a plan of other types than this kind of file has.
