@@ -84,7 +84,9 @@ def make(folder: Path, environment: Environment) -> None:
         (_packages(folder) / "above.pth").write_text(f"{_packages(folder.with_name(environment.above))}\n")
     install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check"]
     subprocess.run([*install, *environment.needs], check=True)
-    subprocess.run([*install, "--no-deps", *environment.alone], check=True)
+    # Exact versions need no constraints, and what builds their wheels must be free to be older than ours.
+    free = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
+    subprocess.run([*install, "--no-deps", *environment.alone], check=True, env=free)
     stamp.write_text(recipe)
 
 
