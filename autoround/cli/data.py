@@ -1,12 +1,11 @@
 """``auto-round data``: what a dataset would calibrate on, before anything is quantized."""
 
-import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autoround.cli.grammar import Grammar, word_or_flag
+from autoround.cli.session import session
 from autoround.data.language import parse_specs
 from autoround.errors import UsageError
 from autoround.options import option, settings_of
@@ -43,7 +42,6 @@ class Shown:
     """What is no setting of a run."""
 
     show: int = option(3, "rows to print as text", "command")
-    offline: bool = option(False, "ask no hub: models and datasets come from the cache alone", "command")
 
 
 GRAMMAR = Grammar(
@@ -72,11 +70,7 @@ def run(values: Mapping[str, Any]) -> str:
     if shown.show < 0:
         raise UsageError(f"show: found {shown.show}; needed at least 0")
     writes = recipe.dataset is not None and any(spec.name == "self" for spec in parse_specs(recipe.dataset))
-    if shown.offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when the client library is imported
-    from autoround.cli.display import display
-
-    with display(sys.stderr, json="log_json" in values, debug="debug" in values) as screen:
+    with session(values, recipe.model) as screen:
         from autoround.data.explain import explain
 
         writer = _writer(recipe, screen, quiet="quiet" in values) if writes else None

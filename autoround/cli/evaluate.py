@@ -1,16 +1,15 @@
 """``auto-round eval``: measures of a checkpoint of any layout; and of what a run wrote, for ``auto-round --eval``."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoround.cli.grammar import Grammar, word_or_flag
+from autoround.cli.session import session
 from autoround.errors import UsageError
 from autoround.evaluate.settings import Access, Evaluation
 from autoround.options import settings_of
-from autoround.progress import Progress
 from autoround.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -43,16 +42,12 @@ def run(values: Mapping[str, Any]) -> str:
     Raises:
         AutoRoundError: no model, or what ``prepare`` and ``evaluate`` raise.
     """
-    from autoround.cli.display import display
-
     named = word_or_flag(values, "model")
     if not named:
         raise UsageError("eval: found no model; needed a folder, GGUF file or hub name; try auto-round eval --help")
     recipe = Recipe(**{name: values[name] for name in MODEL if name in values and name != "model"}, model=named)
     evaluation = evaluation_of(values)
-    with display(sys.stderr, json="log_json" in values, debug="debug" in values) as screen:
-        if "quiet" not in values:
-            screen.update(Progress(phase="loading", block=0, blocks=0, message=named))
+    with session(values, named) as screen:
         return evaluate_model(recipe, evaluation, screen, quiet="quiet" in values)
 
 

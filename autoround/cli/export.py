@@ -1,11 +1,11 @@
 """``auto-round export``: formats from the journal of a finished run, or from a quantized checkpoint."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from autoround.cli.grammar import Grammar
+from autoround.cli.session import session
 from autoround.errors import UsageError
 from autoround.options import settings_of
 from autoround.recipe import Recipe
@@ -49,20 +49,20 @@ def run(values: Mapping[str, Any]) -> str:
             f"export: {source}: found neither config.json nor manifest.json; needed a quantized checkpoint, or the "
             "folder OUT.journal of a run"
         )
-    from autoround.cli.display import display
     from autoround.cli.quantize import check
-    from autoround.export import Target, export_checkpoint, export_journal
 
     recipe = Recipe(**{name: values[name] for name in SETTINGS if name in values})
     check(recipe)
-    target = Target(
-        folder=Path(recipe.output_dir),
-        formats=recipe.format,
-        dtype=recipe.model_dtype,
-        max_shard_size=recipe.max_shard_size,
-        overwrite=recipe.overwrite,
-    )
-    with display(sys.stderr, json="log_json" in values, debug="debug" in values) as screen:
+    with session(values) as screen:
+        from autoround.export import Target, export_checkpoint, export_journal
+
+        target = Target(
+            folder=Path(recipe.output_dir),
+            formats=recipe.format,
+            dtype=recipe.model_dtype,
+            max_shard_size=recipe.max_shard_size,
+            overwrite=recipe.overwrite,
+        )
 
         def tell(name: str, folder: Path) -> None:
             if "quiet" not in values:

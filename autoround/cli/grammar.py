@@ -20,6 +20,7 @@ SWITCHES: Mapping[str, str] = MappingProxyType(
         "quiet": "print no progress",
         "log_json": "print progress, warnings and errors as one JSON object a line",
         "debug": "print what is logged, and a traceback when something fails",
+        "offline": "ask no hub: models and data come from the cache alone",
     }
 )
 
@@ -48,7 +49,7 @@ class Grammar:
     needed: str = "flags alone"
     settings: Mapping[str, Setting]
     defaults: Mapping[str, object] = field(default_factory=dict)
-    switches: tuple[str, ...] = ("quiet", "log_json", "debug")
+    switches: tuple[str, ...] = ("quiet", "log_json", "debug", "offline")
 
     def read(self, words: Sequence[str]) -> dict[str, Any]:
         """The values of a command's words; what was not given is not there, the positional word is "positional".

@@ -1,7 +1,5 @@
 """``auto-round`` itself and its recipes: words to a recipe, the run, the folders it wrote."""
 
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from autoround import config
 from autoround.cli import evaluate
 from autoround.cli.commands import SUBCOMMANDS
 from autoround.cli.grammar import SWITCHES, Grammar, word_or_flag
+from autoround.cli.session import session
 from autoround.data.language import parse_specs
 from autoround.errors import UsageError
 from autoround.evaluate.settings import Evaluation
@@ -66,7 +65,6 @@ class Files:
     config: str | None = option(
         None, "YAML file of settings, such as the run.yaml in a run's journal; flags win over it", "command"
     )
-    offline: bool = option(False, "ask no hub: models and data come from the cache alone", "command")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,11 +82,11 @@ class Command:
     quantizes: bool = True
     evaluation: Evaluation = Evaluation()  # noqa: RUF009
     notes: tuple[str, ...] = ()
-    offline: bool = False
     dry_run: bool = False
     quiet: bool = False
     log_json: bool = False
     debug: bool = False
+    offline: bool = False
 
 
 def program(preset: str) -> str:
@@ -143,7 +141,6 @@ def parse(words: Sequence[str], preset: str) -> Command:
         quantizes=preset != "default" or not set(settings) <= set(evaluate.MODEL),
         evaluation=evaluate.evaluation_of(values),
         notes=notes,
-        offline="offline" in values,
         **switches,
     )
 
@@ -176,15 +173,10 @@ def run(command: Command, quantize: Quantize | None = None) -> str:
     """
     recipe, evaluation, quiet = command.recipe, command.evaluation, command.quiet
     check(recipe)
-    if command.offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's libraries read it when they are imported
-    from autoround.cli.display import display
     from autoround.cli.show import show_plan
 
-    with display(sys.stderr, json=command.log_json, debug=command.debug) as screen:
+    with session([name for name in SWITCHES if getattr(command, name)], recipe.model) as screen:
         told = None if command.dry_run or quiet else screen.update
-        if told is not None:
-            told(Progress(phase="loading", block=0, blocks=0, message=recipe.model))
         for note in command.notes:
             screen.note(note)
         if evaluation.wanted and not command.quantizes and evaluate.is_quantized(recipe):

@@ -1,0 +1,44 @@
+"""What a command that does work sets up first: whether hubs are asked, and what stderr shows."""
+
+import logging
+import os
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from autoround.progress import Progress
+
+if TYPE_CHECKING:
+    from autoround.cli.display import Display
+
+_REQUESTS = logging.getLogger("huggingface_hub.utils._http")
+
+
+@contextmanager
+def session(switches: Collection[str], loading: str = "") -> Iterator["Display"]:
+    """The display of a command; enter it before anything that may ask a hub is imported.
+
+    Args:
+        switches: those of ``SWITCHES`` that were given.
+        loading: the model that comes first, which is told.
+    """
+    if "offline" in switches:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's libraries read it once, when they are imported
+    from autoround.cli.display import display
+
+    debug = "debug" in switches
+    with display(sys.stderr, json="log_json" in switches, debug=debug) as screen:
+        if loading and not {"quiet", "dry_run"}.intersection(switches):
+            screen.update(Progress(phase="loading", block=0, blocks=0, message=loading))
+        if not debug:
+            _REQUESTS.addFilter(_is_news)
+        try:
+            yield screen
+        finally:
+            _REQUESTS.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Requests that failed are tried again or end in our own message; only minutes of waiting are told."""
+    return record.levelno > logging.WARNING or record.getMessage().startswith("Rate limited")
