@@ -1,6 +1,6 @@
 """Settings as fields of dataclasses that know their flags; the command line is generated from them. Torch-free."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import Field, field, fields
 from typing import Any, NamedTuple, TypedDict, cast
 
@@ -38,9 +38,23 @@ def option(
     return field(default=default, metadata=described, repr=not secret)
 
 
-def settings_of(kind: type) -> dict[str, Setting]:
-    """Every field of a settings dataclass, in order."""
-    return {each.name: Setting(each, cast(Option, each.metadata)) for each in fields(kind)}
+def settings_of(kind: type, names: Iterable[str] | None = None) -> dict[str, Setting]:
+    """The fields of a settings dataclass: all in order, or those of these names.
+
+    Raises:
+        KeyError: a name that is no field.
+    """
+    known = {each.name: Setting(each, cast(Option, each.metadata)) for each in fields(kind)}
+    return known if names is None else {name: known[name] for name in names}
+
+
+def given(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """What was given of these names.
+
+    >>> given({"bits": 4, "quiet": True}, ("bits", "sym"))
+    {'bits': 4}
+    """
+    return {name: values[name] for name in names if name in values}
 
 
 def spellings(settings: Mapping[str, Setting]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from autoround.cli.grammar import Grammar, word_or_flag
 from autoround.cli.session import session
 from autoround.data.language import parse_specs
 from autoround.errors import UsageError
-from autoround.options import option, settings_of
+from autoround.options import given, option, settings_of
 from autoround.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ GRAMMAR = Grammar(
     epilog=EPILOG,
     positional=("SPEC", "the same as --dataset"),
     needed="one dataset in quotes",
-    settings={name: setting for name, setting in settings_of(Recipe).items() if name in SETTINGS} | settings_of(Shown),
+    settings=settings_of(Recipe, SETTINGS) | settings_of(Shown),
 )
 
 
@@ -61,10 +61,10 @@ def run(values: Mapping[str, Any]) -> str:
     Raises:
         AutoRoundError: no model, or data that would stop a run.
     """
-    given = {name: values[name] for name in SETTINGS if name in values}
+    settings = given(values, SETTINGS)
     if (named := word_or_flag(values, "dataset")) is not None:
-        given["dataset"] = named
-    recipe, shown = Recipe(**given), Shown(**{name: values[name] for name in settings_of(Shown) if name in values})
+        settings["dataset"] = named
+    recipe, shown = Recipe(**settings), Shown(**given(values, settings_of(Shown)))
     if not recipe.model:
         raise UsageError("data: found no model; needed one for its tokenizer; give --model")
     if shown.show < 0:

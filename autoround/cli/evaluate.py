@@ -9,7 +9,7 @@ from autoround.cli.grammar import Grammar, word_or_flag
 from autoround.cli.session import session
 from autoround.errors import UsageError
 from autoround.evaluate.settings import Access, Evaluation
-from autoround.options import settings_of
+from autoround.options import given, settings_of
 from autoround.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -29,10 +29,8 @@ examples:
 """,
     positional=("PATH", "the same as --model"),
     needed="one model",
-    settings={
-        **{name: setting for name, setting in settings_of(Recipe).items() if name in MODEL},
-        **{name: setting for name, setting in settings_of(Evaluation).items() if name != "eval"},
-    },
+    settings=settings_of(Recipe, MODEL)
+    | settings_of(Evaluation, (name for name in settings_of(Evaluation) if name != "eval")),
 )
 
 
@@ -45,7 +43,7 @@ def run(values: Mapping[str, Any]) -> str:
     named = word_or_flag(values, "model")
     if not named:
         raise UsageError("eval: found no model; needed a folder, GGUF file or hub name; try auto-round eval --help")
-    recipe = Recipe(**{name: values[name] for name in MODEL if name in values and name != "model"}, model=named)
+    recipe = Recipe(**{**given(values, MODEL), "model": named})
     evaluation = evaluation_of(values)
     with session(values, named) as screen:
         return evaluate_model(recipe, evaluation, screen, quiet="quiet" in values)
@@ -53,7 +51,7 @@ def run(values: Mapping[str, Any]) -> str:
 
 def evaluation_of(values: Mapping[str, Any]) -> Evaluation:
     """The settings of an evaluation among the values of a command."""
-    return Evaluation(**{name: values[name] for name in settings_of(Evaluation) if name in values})
+    return Evaluation(**given(values, settings_of(Evaluation)))
 
 
 def access_of(recipe: Recipe) -> Access:

@@ -7,7 +7,7 @@ from typing import Any
 from autoround.cli.grammar import Grammar
 from autoround.cli.session import session
 from autoround.errors import UsageError
-from autoround.options import settings_of
+from autoround.options import given, settings_of
 from autoround.recipe import Recipe
 
 SETTINGS = (
@@ -28,7 +28,7 @@ GRAMMAR = Grammar(
     description="Write formats from the journal of a finished run, or from a quantized checkpoint, code for code.",
     positional=("SOURCE", "the folder OUT.journal beside a run's output, or a checkpoint"),
     needed="one journal or checkpoint",
-    settings={name: setting for name, setting in settings_of(Recipe).items() if name in SETTINGS},
+    settings=settings_of(Recipe, SETTINGS),
 )
 
 
@@ -51,7 +51,7 @@ def run(values: Mapping[str, Any]) -> str:
         )
     from autoround.cli.quantize import check
 
-    recipe = Recipe(**{name: values[name] for name in SETTINGS if name in values})
+    recipe = Recipe(**given(values, SETTINGS))
     check(recipe)
     with session(values) as screen:
         from autoround.export import Target, export_checkpoint, export_journal

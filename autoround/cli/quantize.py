@@ -14,7 +14,7 @@ from autoround.data.language import parse_specs
 from autoround.errors import UsageError
 from autoround.evaluate.settings import Evaluation
 from autoround.intel.adopt import adopt, take
-from autoround.options import option, settings_of
+from autoround.options import given, option, settings_of
 from autoround.plan import Plan, check_head
 from autoround.progress import BlockDone, Progress
 from autoround.recipe import PRESETS, Recipe
@@ -127,7 +127,7 @@ def parse(words: Sequence[str], preset: str) -> Command:
     """
     kept, theirs = take(words)
     values = grammar(preset).read(kept)
-    settings = {name: values[name] for name in settings_of(Recipe) if name in values}
+    settings = given(values, settings_of(Recipe))
     if "config" in values:
         settings = config.read(values["config"]) | settings
     if values.get("positional"):
@@ -135,13 +135,12 @@ def parse(words: Sequence[str], preset: str) -> Command:
     if not settings.get("model"):
         raise UsageError(f"model: found none; needed a hub name, folder or .gguf file; try {program(preset)} --help")
     settings, notes = adopt(settings, theirs, preset)
-    switches = {name: values[name] for name in SWITCHES if name in values}
     return Command(
         recipe=Recipe.preset(preset, **settings),
         quantizes=preset != "default" or not set(settings) <= set(evaluate.MODEL),
         evaluation=evaluate.evaluation_of(values),
         notes=notes,
-        **switches,
+        **given(values, SWITCHES),
     )
 
 
