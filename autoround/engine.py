@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from autoround import __version__, config, func
-from autoround.backends.base import select_all
+from autoround.backends.base import Numerics, select_all
 from autoround.coverage import is_token_count, token_stats
 from autoround.data.tokens import Calibration, load_calibration, needs_tokenizer
 from autoround.errors import AutoRoundError, UsageError
@@ -25,7 +25,7 @@ from autoround.model.blocks import embedding
 from autoround.model.capture import CallTemplate, capture
 from autoround.model.experts import describe
 from autoround.model.finish import Ending, head_path, mean_square, read_weight
-from autoround.model.load import open_model
+from autoround.model.load import OpenModel, open_model
 from autoround.model.oddities import needed_numerics
 from autoround.model.read import read_block
 from autoround.model.sample import Sampler
@@ -45,7 +45,7 @@ FREE_SETTINGS = frozenset({
 
 
 def quantize(
-    model: str | Path | nn.Module,
+    model: str | Path | nn.Module | OpenModel,
     recipe: Recipe,
     *,
     tokenizer: Any = None,
@@ -54,7 +54,8 @@ def quantize(
     """Open a model and plan its quantization; iterate over the result to do the work.
 
     Args:
-        model: hub name, folder, .gguf file, or a transformers model in memory (which is not changed).
+        model: hub name, folder, .gguf file, or a transformers model in memory (which is not changed); or one that is
+            opened already.
         recipe: all settings.
         tokenizer: for a model in memory whose calibration data is text.
         on_progress: called a few times a second while work goes on.
@@ -66,7 +67,7 @@ def quantize(
 
 
 def quantize_each(
-    model: str | Path | nn.Module,
+    model: str | Path | nn.Module | OpenModel,
     recipe: Recipe,
     *,
     tokenizer: Any = None,
@@ -91,7 +92,7 @@ class Run:
 
     def __init__(
         self,
-        model: str | Path | nn.Module,
+        model: str | Path | nn.Module | OpenModel,
         recipe: Recipe,
         *,
         tokenizer: Any = None,
@@ -134,6 +135,16 @@ class Run:
         self._origin = origin(
             model, revision=recipe.revision, cache_dir=recipe.cache_dir, trust_remote_code=recipe.trust_remote_code
         )
+
+    @property
+    def numerics(self) -> Numerics:
+        """How it computes."""
+        return self._numerics
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks run; the first of several."""
+        return self._device
 
     @property
     def journal_folder(self) -> Path:
