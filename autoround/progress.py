@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 REPORT_SECONDS = 0.25
@@ -10,13 +10,13 @@ REPORT_SECONDS = 0.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """A moment of a run; sent a few times a second while tuning and when a phase begins.
+    """A moment of a run; sent a few times a second while tuning, for each block of an evaluation, when a phase begins.
 
     Attributes:
         phase: what is being done.
         block, blocks: number of the current block, from 1, and of all; block is 0 before the first, and blocks
-            while loading.
-        step, steps: of the current block.
+            while loading. Of an evaluation they are those of the model that runs.
+        step, steps: of the current block; of an evaluation, tokens scored after the last one, and all.
         loss_first, loss: of the first step and of the latest; None before the first step.
         tokens_per_second: of tuning in this block.
         seconds, eta_seconds: since the start, and still to go as far as known.
@@ -24,7 +24,7 @@ class Progress:
         message: detail of the phase.
     """
 
-    phase: Literal["loading", "calibration", "tuning", "export"]
+    phase: Literal["loading", "calibration", "tuning", "export", "evaluation"]
     block: int
     blocks: int
     step: int = 0
@@ -140,6 +140,63 @@ class Meter:
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._start
+
+
+class EvaluationMeter:
+    """Turns the parts of an evaluation block by block into ``Progress`` events.
+
+    Args:
+        blocks: of all models together.
+        logits: of how many blocks the time is that all tokens take after the last one: a guess, until some took theirs.
+        memory: bytes held on the device.
+        listen: where events go.
+    """
+
+    def __init__(
+        self, blocks: int, logits: float, memory: Callable[[], int], listen: Callable[[Progress], None] | None
+    ) -> None:
+        self._blocks_left, self._logits_left, self._guess = blocks, 1.0, logits
+        self._memory, self._listen = memory, listen
+        self._start = self._last = time.monotonic()
+        self._reported = self._took = self._logits_seconds = 0.0
+        self._running, self._taken = False, list[float]()
+
+    def block(self, name: str, block: int, blocks: int) -> None:
+        """A block of a model begins."""
+        self._end()
+        self._running = True
+        self._tell(Progress(phase="evaluation", block=block, blocks=blocks, message=f"{name}, block {block}/{blocks}"))
+
+    def logits(self, name: str, done: int, tokens: int, share: float) -> None:
+        """So many of a model's tokens are scored, and in all this share of what is scored in the end."""
+        self._end()
+        if done:
+            self._logits_seconds, self._logits_left = self._logits_seconds + self._took, 1 - share
+        if done in (0, tokens) or time.monotonic() - self._reported >= REPORT_SECONDS:
+            self._tell(Progress(phase="evaluation", block=0, blocks=0, step=done, steps=tokens,
+                                message=f"{name}, logits"))  # fmt: skip
+
+    def _end(self) -> None:
+        """What ran since the last event: a block, or tokens."""
+        now = time.monotonic()
+        self._took, self._last = now - self._last, now
+        if self._running:
+            self._running, self._blocks_left = False, self._blocks_left - 1
+            self._taken.append(self._took)
+
+    def _eta(self) -> float | None:
+        """By the median of the blocks, of which the first may wait for files, and the pace of the tokens."""
+        if not self._taken:
+            return None
+        usual, scored = _median(self._taken[1:] or self._taken), 1 - self._logits_left
+        all_logits = self._logits_seconds / scored if scored else self._guess * usual
+        return usual * self._blocks_left + all_logits * self._logits_left
+
+    def _tell(self, progress: Progress) -> None:
+        self._reported = time.monotonic()
+        if self._listen is not None:
+            self._listen(replace(progress, seconds=self._reported - self._start, eta_seconds=self._eta(),
+                                 memory_bytes=self._memory()))  # fmt: skip
 
 
 def _median(values: Sequence[float]) -> float:

@@ -40,9 +40,12 @@ class PlainDisplay:
         self._last: Progress | None = None
 
     def update(self, progress: Progress) -> None:
-        """Remember it; the begin of a phase other than tuning is a line."""
+        """Remember it; the begin of a phase other than tuning is a line, and so is that of an evaluation's part."""
         self._last = progress
-        if progress.phase != "tuning":
+        if progress.phase == "evaluation":
+            if not progress.step:
+                self.note("  ".join([progress.message, *_pace(progress)]))
+        elif progress.phase != "tuning":
             self.note(f"{progress.phase}: {progress.message}")
 
     def block_done(self, done: BlockDone, blocks: int) -> None:
@@ -79,13 +82,12 @@ class LiveDisplay:
             self._bar.stop()
             self.note(f"{progress.phase}: {progress.message}")
             return
-        tuning = progress.phase == "tuning"
-        finished = progress.block - 1 + progress.step / max(progress.steps, 1) if tuning else progress.block
+        finished, total = _share(progress)
         self._bar.update(
             self._task,
-            description=f"block {progress.block}/{progress.blocks}" if tuning else progress.phase,
+            description=f"block {progress.block}/{progress.blocks}" if progress.phase == "tuning" else progress.phase,
             completed=finished,
-            total=progress.blocks,
+            total=total,
             facts="  ".join(_step(progress)) + "\n" + "  ".join(_pace(progress)),
         )
         self._bar.start()
@@ -169,9 +171,18 @@ def _block(done: BlockDone, blocks: int) -> str:
     return "  ".join(parts)
 
 
+def _share(progress: Progress) -> tuple[float, int]:
+    """How much of a bar is done, and all of it."""
+    if progress.phase == "tuning":
+        return progress.block - 1 + progress.step / max(progress.steps, 1), progress.blocks
+    if progress.phase == "evaluation":
+        return (progress.step, progress.steps) if progress.steps else (progress.block - 1, progress.blocks)
+    return progress.block, progress.blocks
+
+
 def _step(progress: Progress) -> list[str]:
     parts = [progress.message] if progress.message else []
-    if progress.step:
+    if progress.step and progress.phase == "tuning":
         parts.append(f"step {progress.step}/{progress.steps}")
     if progress.loss_first is not None and progress.loss is not None:
         parts.append(f"loss {progress.loss_first:.2e} -> {progress.loss:.2e}")

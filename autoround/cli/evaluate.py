@@ -112,6 +112,7 @@ def _measure(paths: Sequence[str], prepared: "Prepared", recipe: Recipe, screen:
         access=access,
         device_map=recipe.device_map,
         tell=None if quiet else screen.note,
+        on_progress=None if quiet else screen.update,
     )
     if settings.eval_output is not None:
         Path(settings.eval_output).write_text(results.json() + "\n", encoding="utf-8")

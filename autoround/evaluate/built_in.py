@@ -6,7 +6,6 @@ Legend: P predicted tokens.
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +15,7 @@ from autoround.evaluate.scores import TokenScores
 from autoround.evaluate.settings import Evaluation
 from autoround.evaluate.stream import Rows, Streamed, Streaming, compare_streamed
 from autoround.model.load import OpenModel
+from autoround.progress import Progress
 
 FLOAT = "float"
 # Worst tokens that are told, and how many tokens of the text before each.
@@ -43,37 +43,37 @@ def measure_built_in(
     settings: Evaluation,
     *,
     reference: OpenModel | None,
-    device: torch.device,
+    streaming: Streaming,
     tell: Callable[[str], None],
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> BuiltIn:
     """Run the built-in tasks, block by block.
 
     Args:
         tasks: out of kl and perplexity.
         models: name -> opened checkpoint.
-        settings: text, rows, batch size and dtype.
+        settings: text and rows.
         reference: the float model; needed for kl.
-        device: where blocks run.
-        tell: called with a line when a model begins.
+        streaming: how blocks run.
+        tell: called with a line when the work begins.
+        on_progress: see ``compare_streamed``.
 
     Raises:
         AutoRoundError: text that cannot be read, other vocabularies, or an unsupported architecture.
     """
     tokenizer = (reference or next(iter(models.values()))).tokenizer()
     rows = read_rows(settings, tokenizer)
-    dtype: torch.dtype = getattr(torch, settings.eval_model_dtype or "float32")
-    streaming = Streaming(batch_size=settings.eval_bs, device=device, dtype=dtype)
+    tell(f"evaluation: {', '.join(tasks)} of {', '.join([*([FLOAT] if reference else []), *models])}")
 
-    def began(name: str, block: int, blocks: int) -> None:
-        if block == 1:
-            tell(f"evaluation: {', '.join(tasks)} of {name}, {blocks} blocks")
+    def compare(first: OpenModel, others: Mapping[str, OpenModel], name: str) -> dict[str, Streamed]:
+        return compare_streamed(first, others, rows, streaming=streaming, reference_name=name, on_progress=on_progress)
 
     if reference is not None:
-        found = compare_streamed(reference, models, rows, streaming=streaming, reference_name=FLOAT, on_block=began)
+        found = compare(reference, models, FLOAT)
     else:
         found = {}
         for name, model in models.items():
-            found |= compare_streamed(model, {}, rows, streaming=streaming, reference_name=name, on_block=began)
+            found |= compare(model, {}, name)
     count, width = rows.tokens_NT.shape
     text = f"{settings.eval_dataset}: {count} rows of {width} tokens, {len(rows.places_P2):,} predicted"
     worst = {}

@@ -18,6 +18,8 @@ from autoround.evaluate.harness import Outcome, Tasks, check_backend, load_tasks
 from autoround.evaluate.opening import open_checkpoint
 from autoround.evaluate.results import ModelResults, Results
 from autoround.evaluate.settings import Access, Evaluation
+from autoround.evaluate.stream import Streaming
+from autoround.progress import Progress
 
 
 class Prepared(NamedTuple):
@@ -65,6 +67,7 @@ def evaluate(
     access: Access = Access(),  # noqa: B008
     device_map: str = "auto",
     tell: Callable[[str], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> Results:
     """Measure checkpoints of any layout.
 
@@ -74,12 +77,13 @@ def evaluate(
         reference: the float model.
         access: how models are reached.
         device_map: as on the command line.
-        tell: called with a line when something begins; without it no progress is shown.
+        tell: called with a line when something begins; without it lm-eval shows no progress either.
+        on_progress: called with the blocks of kl and perplexity.
 
     Raises:
         AutoRoundError: a checkpoint that cannot be opened, other vocabularies, or text that cannot be read.
     """
-    settings, (_, device) = prepared.settings, select(device_map)
+    settings, (backend, device) = prepared.settings, select(device_map)
     found = BuiltIn("", {}, {})
     if prepared.built_in:
         found = measure_built_in(
@@ -87,8 +91,14 @@ def evaluate(
             {name: open_checkpoint(path, access) for name, path in checkpoints.items()},
             settings,
             reference=None if reference is None else open_checkpoint(reference, access),
-            device=device,
+            streaming=Streaming(
+                batch_size=settings.eval_bs,
+                device=device,
+                dtype=getattr(torch, settings.eval_model_dtype or "float32"),
+                memory=backend.memory_bytes,
+            ),
             tell=tell or _silent,
+            on_progress=on_progress,
         )
     paths = dict(checkpoints)
     if reference is not None and settings.scores_float:

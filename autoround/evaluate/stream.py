@@ -23,6 +23,7 @@ from autoround.model.carry import strip
 from autoround.model.load import OpenModel
 from autoround.model.read import read_block
 from autoround.model.record import RecordingModel
+from autoround.progress import EvaluationMeter, Progress
 
 # Logits of one model that are in memory at a time, and the fewest tokens; a chunk needs a handful of such tensors.
 CHUNK_LOGITS, CHUNK_TOKENS = 2**21, 64
@@ -48,11 +49,12 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Streaming:
-    """How blocks run: rows in a forward, where, and in which floating-point dtype."""
+    """How blocks run: rows in a forward, where, in which floating-point dtype, and how bytes held there are counted."""
 
     batch_size: int = 4
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     dtype: torch.dtype = torch.float32
+    memory: Callable[[], int] = int
 
 
 class Streamed(NamedTuple):
@@ -103,7 +105,7 @@ def compare_streamed(
     *,
     streaming: Streaming,
     reference_name: str = "float",
-    on_block: Callable[[str, int, int], None] = lambda name, block, blocks: None,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Streamed]:
     """Score candidates against a reference as ``compare`` does, without loading any of them.
 
@@ -116,7 +118,7 @@ def compare_streamed(
         rows: what to score on.
         streaming: how blocks run.
         reference_name: name of the reference's own scores in the result.
-        on_block: called with the model's name, the number of a block from 1 and the number of all, before each.
+        on_progress: called before each block, and some times a second while logits are computed.
 
     Returns:
         name -> scores over the predicted tokens; log-probabilities are taken in float32.
@@ -128,15 +130,23 @@ def compare_streamed(
     if not len(rows.places_P2):
         raise DataError(f"evaluation text: found rows of {rows.tokens_NT.shape[1]} tokens; needed at least 2")
 
+    meter = _meter(reference, candidates, streaming, on_progress)
+
     def ended(name: str, model: OpenModel) -> _Ended:
-        return _run_blocks(model, rows, streaming, lambda block, blocks: on_block(name, block, blocks))
+        return _run_blocks(model, rows, streaming, lambda block, blocks: meter.block(name, block, blocks))
+
+    def score_pair(index: int, name: str, candidate: _Ended | None) -> tuple[Streamed, Streamed]:
+        def tell(done: int, tokens: int) -> None:
+            meter.logits(name, done, tokens, (index + done / tokens) / max(len(candidates), 1))
+
+        return _score_pair(first, candidate, rows, streaming, tell)
 
     first = ended(reference_name, reference)
     if not candidates:
-        return {reference_name: _score_pair(first, None, rows, streaming)[0]}
+        return {reference_name: score_pair(0, reference_name, None)[0]}
     found: dict[str, Streamed] = {}
-    for name, model in candidates.items():
-        found[reference_name], found[name] = _score_pair(first, ended(name, model), rows, streaming)
+    for index, (name, model) in enumerate(candidates.items()):
+        found[reference_name], found[name] = score_pair(index, name, ended(name, model))
     return found
 
 
@@ -160,6 +170,21 @@ class _Ended(NamedTuple):
 
     def outputs(self, streaming: Streaming) -> Outputs:
         return Outputs(self.model, streaming, items=self.items)
+
+
+def _meter(
+    reference: OpenModel,
+    candidates: Mapping[str, OpenModel],
+    streaming: Streaming,
+    listen: Callable[[Progress], None] | None,
+) -> EvaluationMeter:
+    """Blocks are counted; an output head is to a block as their weights are."""
+    models = [reference, *candidates.values()]
+    blocks = [find_blocks(model.skeleton) for model in models]
+    weights = sum(each.numel() for each in reference.skeleton.get_submodule(blocks[0][0]).parameters())
+    head = reference.config.get_text_config().vocab_size * embedding(reference.skeleton).in_features
+    heads = 2 * len(candidates) or 1
+    return EvaluationMeter(sum(map(len, blocks)), heads * head / weights, streaming.memory, listen)
 
 
 def _run_blocks(model: OpenModel, rows: Rows, streaming: Streaming, on_block: Callable[[int, int], None]) -> _Ended:
@@ -189,14 +214,16 @@ def _count(output: Tensor | tuple[Tensor, ...]) -> int:
 
 
 def _score_pair(
-    reference: _Ended, candidate: _Ended | None, rows: Rows, streaming: Streaming
+    reference: _Ended, candidate: _Ended | None, rows: Rows, streaming: Streaming, tell: Callable[[int, int], None]
 ) -> tuple[Streamed, Streamed]:
-    """The reference's own scores and the candidate's, or twice its own."""
+    """The reference's own scores and the candidate's, or twice its own; tells how many tokens of all are scored."""
     ours, theirs = reference.outputs(streaming), candidate and candidate.outputs(streaming)
     vocabulary = reference.model.config.get_text_config().vocab_size
     parts: tuple[list[TokenScores], list[TokenScores]] = [], []
     tops: tuple[list[Tensor], list[Tensor]] = [], []
-    for places_C2 in torch.split(rows.places_P2, max(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary)):
+    places_P2, done = rows.places_P2, 0
+    tell(done, len(places_P2))
+    for places_C2 in torch.split(places_P2, max(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary)):
         row_C, column_C = places_C2.unbind(1)
         next_C = rows.tokens_NT[row_C, column_C].to(streaming.device)
         expected_CV = _log_probabilities(ours, reference.hidden_NTD[row_C, column_C - 1])
@@ -208,6 +235,8 @@ def _score_pair(
             own = score(expected_CV, log_CV, next_C)
             scores.append(TokenScores(*(field.cpu() for field in own)))
             top.append(log_CV.argmax(-1).cpu())
+        done += len(places_C2)
+        tell(done, len(places_P2))
     first, second = (Streamed(join(scores), torch.cat(top)) for scores, top in zip(parts, tops, strict=True))
     return first, second
 

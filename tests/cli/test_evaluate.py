@@ -1,6 +1,7 @@
 """``auto-round eval`` and ``auto-round --eval``: a tiny model quantized, written and measured."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ def test_the_command_prints_a_table_and_writes_json(
     assert main(words.split()) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[0].split() == ["task", "metric", "float", quantized_folder.name]
-    assert f"evaluation: kl, perplexity of {quantized_folder}, 2 blocks\n" in err
+    assert f"evaluation: kl, perplexity of float, {quantized_folder}\n" in err
+    assert re.search(rf"^{quantized_folder}, block 2/2  \d\.\d\d GB  \d+:\d\d left$", err, re.MULTILINE)
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["reference"] == str(float_folder)
     assert found["models"][str(quantized_folder)]["tasks"]["kl"]["nats per token"]["value"] > 0.1

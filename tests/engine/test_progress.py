@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoround.progress import REPORT_SECONDS, Meter, Progress
+from autoround.progress import REPORT_SECONDS, EvaluationMeter, Meter, Progress
 
 
 def meter(events: list[Progress] | None, *, blocks: int = 4, steps: int = 10) -> Meter:
@@ -118,3 +118,34 @@ def test_a_step_tells_its_loss_its_pace_and_the_memory(monkeypatch: pytest.Monke
     assert (first.block, first.step, first.loss, first.tokens_per_second) == (2, 1, 1.0, None)
     assert (second.step, second.loss_first, second.loss, second.memory_bytes) == (2, 1.0, 0.5, 123)
     assert (second.tokens_per_second, second.seconds) == (128, 1.0)
+
+
+@given(
+    st.lists(st.floats(0.95, 1.05), min_size=8, max_size=40),
+    st.floats(0, 10),
+    st.floats(0.5, 30),
+    st.sampled_from([1, 2]),
+)
+def test_from_the_third_block_of_an_evaluation_on_what_is_left_is_known_within_a_fifth(
+    blocks: list[float], wait: float, logits: float, candidates: int
+) -> None:
+    """If the guess of what the logits take is right; from the first tokens on it is not needed."""
+    clock, events, count = Clock(), list[tuple[Progress, float]](), len(blocks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("autoround.progress.time", clock)
+        own = EvaluationMeter(
+            (1 + candidates) * count, logits, lambda: 5, lambda event: events.append((event, clock.now))
+        )
+        for model in range(1 + candidates):
+            for index, factor in enumerate(blocks):
+                own.block(str(model), index + 1, count)
+                clock.now += factor + (0 if model or index else wait)
+            for done in range(0, 101, 10) if model else ():
+                clock.now += logits / candidates / 10 if done else 0
+                own.logits(str(model), done, 100, (model - 1 + done / 100) / candidates)
+    assert events[0][0].eta_seconds is None
+    for event, now in events[3:]:
+        assert event.eta_seconds == pytest.approx(clock.now - now, rel=0.2, abs=1e-6)
+    told = [event for event, _ in events if event.message == "1, logits"]
+    assert [(event.step, event.steps) for event in (told[0], told[-1])] == [(0, 100), (100, 100)]
+    assert told[0].memory_bytes == 5

@@ -15,6 +15,7 @@ from autoround.evaluate.run import evaluate, prepare
 from autoround.evaluate.scores import compare
 from autoround.evaluate.settings import Evaluation
 from autoround.hub import load
+from autoround.progress import Progress
 from tests.engine.test_gguf_run import WIDE, gguf_recipe
 from tests.formats.gguf_models import make
 from tests.formats.gguf_tokenizers import sentencepiece
@@ -26,12 +27,16 @@ SMALL: dict[str, Any] = {"limit": 4, "eval_seqlen": 64}
 def test_everything_beside_the_float_model(float_folder: Path, quantized_folder: Path) -> None:
     settings = Evaluation(tasks=("kl", "perplexity", *SHIPPED), reference=str(float_folder), **SMALL)
     told: list[str] = []
+    moments: list[Progress] = []
     results = evaluate(
-        {"w3": quantized_folder}, prepare(settings, reference=True), reference=float_folder, tell=told.append
-    )
+        {"w3": quantized_folder}, prepare(settings, reference=True), reference=float_folder, tell=told.append,
+        on_progress=moments.append)  # fmt: skip
+    assert [moment.message for moment in moments if not moment.step] == [
+        "float, block 1/2", "float, block 2/2", "w3, block 1/2", "w3, block 2/2", "w3, logits",
+    ]  # fmt: skip
+    assert all(moment.memory_bytes > 0 and moment.phase == "evaluation" for moment in moments)
     assert told == [
-        "evaluation: kl, perplexity of float, 2 blocks",
-        "evaluation: kl, perplexity of w3, 2 blocks",
+        "evaluation: kl, perplexity of float, w3",
         f"evaluation: {', '.join(SHIPPED)} of float",
         f"evaluation: {', '.join(SHIPPED)} of w3",
     ]

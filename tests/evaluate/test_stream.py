@@ -12,6 +12,7 @@ from autoround.evaluate.scores import TokenScores, compare
 from autoround.evaluate.stream import Rows, Streaming, compare_streamed
 from autoround.hub import load
 from autoround.model.load import open_model
+from autoround.progress import Progress
 from autoround.recipe import Recipe
 from tests.families.table import make as make_family
 from tests.formats.quantized import quantized, tiny_gpt2, tiny_llama
@@ -84,11 +85,14 @@ def test_padding_is_neither_seen_nor_scored() -> None:
 
 
 def test_blocks_are_told_and_top_tokens_are_the_models() -> None:
-    model, text, told = make("llama"), rows(VOCABULARY), []
-    found = compare_streamed(
-        open_model(model), {}, text, streaming=STREAMING, on_block=lambda *moment: told.append(moment)
-    )["float"]
-    assert told == [("float", 1, 3), ("float", 2, 3), ("float", 3, 3)]
+    model, text, told = make("llama"), rows(VOCABULARY), list[Progress]()
+    found = compare_streamed(open_model(model), {}, text, streaming=STREAMING, on_progress=told.append)["float"]
+    assert [(moment.block, moment.blocks, moment.step, moment.steps) for moment in told] == [
+        (1, 3, 0, 0), (2, 3, 0, 0), (3, 3, 0, 0), (0, 0, 0, 55), (0, 0, 55, 55),
+    ]  # fmt: skip
+    assert told[0].eta_seconds is None
+    assert all(moment.eta_seconds is not None and moment.eta_seconds > 0 for moment in told[1:4])
+    assert told[4].eta_seconds == 0
     with torch.no_grad():
         expected = model(text.tokens_NT).logits[:, :-1].argmax(-1).flatten()
     assert torch.equal(found.top_P, expected)
