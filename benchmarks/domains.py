@@ -7,6 +7,7 @@ A document gives at most ``SEQLEN`` tokens, one row, and no row holds two docume
 """
 
 import ast
+import functools
 import hashlib
 import json
 import random
@@ -47,12 +48,18 @@ def docs() -> list[str]:
 
 def code() -> list[str]:
     """Functions and classes at the top level of the standard library's modules, as their syntax trees print."""
-    root, found = Path(sysconfig.get_path("stdlib")), []
+    return list(_code())
+
+
+@functools.cache
+def _code() -> tuple[str, ...]:
+    root = Path(sysconfig.get_path("stdlib"))
+    found: list[str] = []
     for name in sorted(sys.stdlib_module_names):
         for file in (root / f"{name}.py", root / name / "__init__.py"):
             if file.is_file():
                 found += [text for text in _definitions(file) if len(text) >= SHORTEST_CODE]
-    return found
+    return tuple(dict.fromkeys(found))
 
 
 def prose() -> list[str]:

@@ -64,6 +64,7 @@ MEASURES: dict[str, Callable[[DocumentScores, Tensor], Tensor]] = {
     "top1": lambda scores, count_RD: (count_RD @ scores.agrees_D) / (count_RD @ scores.tokens_D),
 }
 """Each maps sums and how often every document is drawn (R, D) to R values."""
+LABELS = {"kl": "KL", "perplexity": "perplexity", "top1": "same top token"}
 
 
 def judge(
@@ -220,13 +221,17 @@ def print_table(scores: Mapping[str, Mapping[str, DocumentScores]]) -> None:
         print(f"\n{domain}: {len(part.tokens_D)} documents, {int(part.tokens_D.sum()):,} tokens, "
               f"perplexity of the float model {own['perplexity'].value:.3f}")  # fmt: skip
         for name in checkpoints:
-            kl, perplexity, top1 = (found[name][domain][measure] for measure in MEASURES)
-            print(f"  KL {kl.value:.5f} +- {kl.error:.5f}   perplexity {perplexity.value:8.3f} +- {perplexity.error:.3f}"
-                  f"   same top token {top1.value:.2%} +- {top1.error:.2%}   {name}")  # fmt: skip
+            print(f"  {_line(found[name][domain], differences=False)}   {name}")
             if name != first:
-                print(f"     {kl.difference:+.5f} ({kl.low:+.5f} … {kl.high:+.5f})   {perplexity.difference:+.3f} "
-                      f"({perplexity.low:+.3f} … {perplexity.high:+.3f})   {top1.difference:+.2%} "
-                      f"({top1.low:+.2%} … {top1.high:+.2%})   beside {first}")  # fmt: skip
+                print(f"  {_line(found[name][domain], differences=True)}   beside {first}")
+
+
+def _line(own: Mapping[str, Estimate], *, differences: bool) -> str:
+    if differences:
+        texts = [f"{each.difference:+.5f} ({each.low:+.5f} … {each.high:+.5f})" for each in own.values()]
+    else:
+        texts = [f"{each.value:.5f} +- {each.error:.5f}" for each in own.values()]
+    return "   ".join(f"{LABELS[measure]} {text}" for measure, text in zip(own, texts, strict=True))
 
 
 def run() -> None:

@@ -1,0 +1,34 @@
+"""The environments of the tools that the benchmarks run, beside those that the client tests have.
+
+``python -m benchmarks.environments [NAME …]`` makes those that are named, or all; what is complete already is left.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from tests.clients.environments import ENVIRONMENTS, VARIABLE, Environment, client_python, make
+
+# Its metadata asks for transformers up to 5.17; it runs on ours, and its modifier on the newest auto-round it knows.
+LLM_COMPRESSOR = Environment(
+    needs=("torch==2.13.0", "transformers==5.23.0", "accelerate", "datasets", "loguru", "pyyaml", "numpy", "requests",
+           "tqdm", "pillow", "nvidia-ml-py", "py-cpuinfo", "numba", "threadpoolctl", "pydantic"),
+    alone=("llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "auto-round==0.15.1"),
+)  # fmt: skip
+NEEDED = {name: ENVIRONMENTS[name] for name in ("auto-round", "gptqmodel")} | {"llm-compressor": LLM_COMPRESSOR}
+
+
+def main() -> None:
+    """Make the environments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(NEEDED), choices=[*NEEDED, []])
+    options = parser.parse_args()
+    constraints = Path(__file__).parents[1] / "constraints.txt"
+    os.environ.setdefault("PIP_CONSTRAINT", str(constraints))
+    for name in options.names:
+        print(f"{name}: {client_python(name).parents[1]} (or ${VARIABLE})", flush=True)
+        make(client_python(name).parents[1], NEEDED[name])
+
+
+if __name__ == "__main__":
+    main()
