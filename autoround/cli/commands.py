@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol, cast
 
 from autoround.cli.grammar import Grammar
 
+FAILED, INTERRUPTED = 1, 130
+
 
 class Subcommand(NamedTuple):
     """Where a subcommand is, and what it does in a few words."""
@@ -20,13 +22,25 @@ class Subcommand(NamedTuple):
     summary: str
 
 
+class Unfinished(Exception):
+    """A command that did a part of its work: it fails, and stdout shows that part."""
+
+    def __init__(self, shown: str, message: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.shown, self.exit_status = shown, exit_status
+
+
 class Module(Protocol):
     """What the module of a subcommand has."""
 
     GRAMMAR: Grammar
 
     def run(self, values: Mapping[str, Any]) -> str:
-        """Do it; the text for stdout, empty for none."""
+        """Do it; the text for stdout, empty for none.
+
+        Raises:
+            Unfinished: with what stdout shows of it.
+        """
 
 
 SUBCOMMANDS: Mapping[str, Subcommand] = MappingProxyType(

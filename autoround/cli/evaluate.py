@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoround.cli.commands import FAILED, INTERRUPTED, Unfinished
 from autoround.cli.grammar import Grammar, word_or_flag
 from autoround.cli.session import session
 from autoround.errors import UsageError
+from autoround.evaluate.results import FLOAT, Interrupted, Results
 from autoround.evaluate.settings import Access, Evaluation
 from autoround.options import given, settings_of
 from autoround.recipe import Recipe
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from autoround.evaluate.run import Prepared
 
 MODEL = ("model", "revision", "cache_dir", "token", "trust_remote_code", "device_map")
+NOTHING = "stopped before anything was measured"
 GRAMMAR = Grammar(
     program="auto-round eval",
     usage="PATH [--tasks LIST] [--reference MODEL] [flags]",
@@ -39,6 +42,7 @@ def run(values: Mapping[str, Any]) -> str:
 
     Raises:
         AutoRoundError: no model, or what ``prepare`` and ``evaluate`` raise.
+        Unfinished: tasks that failed, or Ctrl-C.
     """
     named = word_or_flag(values, "model")
     if not named:
@@ -79,46 +83,88 @@ def prepare(evaluation: Evaluation, *, reference: bool) -> "Prepared":
 
 
 def evaluate_model(recipe: Recipe, evaluation: Evaluation, screen: "Display", *, quiet: bool) -> str:
-    """Evaluate a recipe's model as it is; the table."""
-    prepared = prepare(evaluation, reference=evaluation.reference is not None)
-    return _measure([recipe.model], prepared, recipe, screen, quiet=quiet)
+    """Evaluate a recipe's model as it is; the table.
+
+    Raises:
+        Unfinished: tasks that failed, or Ctrl-C.
+    """
+    try:
+        prepared = prepare(evaluation, reference=evaluation.reference is not None)
+    except KeyboardInterrupt:
+        raise Unfinished("", NOTHING, INTERRUPTED) from None
+    results = _measure([recipe.model], prepared, recipe, screen, quiet=quiet)
+    return _shown(results, prepared.settings.eval_output)
 
 
 def evaluate_run(
     folders: Sequence[Path], prepared: "Prepared", recipe: Recipe, screen: "Display", *, quiet: bool
 ) -> str:
-    """Evaluate what a run wrote, beside the model that it was made from if no other is named; the table."""
+    """Evaluate what a run wrote, beside the model that it was made from if no other is named.
+
+    Returns:
+        The folders, one a line, and the table.
+
+    Raises:
+        Unfinished: tasks that failed, or Ctrl-C.
+    """
     settings, output = prepared.settings, Path(recipe.output_dir)
+    written = "\n".join(map(str, folders))
     beside = output.with_name(f"{output.name}.evaluation.json")
     prepared = prepared._replace(settings=replace(settings, eval_output=settings.eval_output or str(beside)))
-    return _measure([str(folder) for folder in folders], prepared, recipe, screen, quiet=quiet)
+    if not quiet:
+        screen.note(f"written, and now measured: {', '.join(map(str, folders))}")
+    results = _measure([str(folder) for folder in folders], prepared, recipe, screen, quiet=quiet)
+    return _shown(results, prepared.settings.eval_output, written)
 
 
-def _measure(paths: Sequence[str], prepared: "Prepared", recipe: Recipe, screen: "Display", *, quiet: bool) -> str:
-    """Write the results where they are wanted, and show them."""
+def _measure(paths: Sequence[str], prepared: "Prepared", recipe: Recipe, screen: "Display", *, quiet: bool) -> Results:
+    """The results, those until then if it is stopped."""
     from autoround.evaluate.opening import locate
     from autoround.evaluate.run import evaluate
 
     settings, access = prepared.settings, access_of(recipe)
     reference = None
-    if settings.reference is not None:
-        reference = locate(settings.reference, replace(access, revision=None))
-    elif recipe.model not in paths:
-        reference = locate(recipe.model, access)
-    results = evaluate(
-        {path: path for path in paths},
-        prepared,
-        reference=reference,
-        access=access,
-        device_map=recipe.device_map,
-        tell=None if quiet else screen.note,
-        on_progress=None if quiet else screen.update,
-    )
-    if settings.eval_output is not None:
-        Path(settings.eval_output).write_text(results.json() + "\n", encoding="utf-8")
-    names = short_names(paths)
+    try:
+        if settings.reference is not None:
+            reference = locate(settings.reference, replace(access, revision=None))
+        elif recipe.model not in paths:
+            reference = locate(recipe.model, access)
+        return evaluate(
+            {f"./{path}" if path == FLOAT else path: path for path in paths},
+            prepared,
+            reference=reference,
+            access=access,
+            device_map=recipe.device_map,
+            tell=None if quiet else screen.note,
+            on_progress=None if quiet else screen.update,
+        )
+    except Interrupted as stopped:
+        return stopped.results
+    except KeyboardInterrupt:
+        return Results(models=(), complete=False)
+
+
+def _shown(results: Results, output: str | None, before: str = "") -> str:
+    """Write the results where they are wanted; the table, below what stdout shows before it.
+
+    Raises:
+        Unfinished: some are missing.
+    """
+    done = [f"{', '.join(dict.fromkeys(each.task for each in own.measures))} of {own.name}"
+            for own in results.models if own.measures]  # fmt: skip
+    if not done and not results.complete:
+        raise Unfinished(before, NOTHING, INTERRUPTED)
+    if output is not None:
+        Path(output).write_text(results.json() + "\n", encoding="utf-8")
+    names = short_names([each.name for each in results.models if each.name != FLOAT])
     models = tuple(replace(each, name=names.get(each.name, each.name)) for each in results.models)
-    return replace(results, models=models).table()
+    shown = "\n\n".join(filter(None, (before, replace(results, models=models).table())))
+    if not results.complete:
+        kept = f"; kept in {output}" if output is not None else ""
+        raise Unfinished(shown, f"stopped; measured so far: {'; '.join(done)}{kept}", INTERRUPTED)
+    if results.failed:
+        raise Unfinished(shown, f"found tasks that failed: {'; '.join(results.failed)}", FAILED)
+    return shown
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:

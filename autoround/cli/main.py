@@ -7,13 +7,11 @@ from collections.abc import Sequence
 
 from autoround.cli import quantize as quantizing
 from autoround.cli import refused
-from autoround.cli.commands import SUBCOMMANDS, find
+from autoround.cli.commands import FAILED, INTERRUPTED, SUBCOMMANDS, Unfinished, find
 from autoround.cli.json_lines import JsonLines
 from autoround.cli.quantize import Quantize, program
 from autoround.errors import AutoRoundError, UsageError
 
-INTERRUPTED = 130
-FAILED = 1
 LOG_JSON = frozenset({"--log_json", "--log-json"})
 NEXT_STEPS = {
     errno.ENOSPC: "free some space and repeat the command: finished blocks are kept",
@@ -70,7 +68,7 @@ def main(argv: Sequence[str] | None = None, preset: str = "default", *, quantize
     """
     words, name = list(sys.argv[1:] if argv is None else argv), program(preset)
     try:
-        result = _result(words, preset, quantize)
+        result, unfinished = _result(words, preset, quantize)
         if result:
             print(result, flush=True)
     except BrokenPipeError:
@@ -81,14 +79,22 @@ def main(argv: Sequence[str] | None = None, preset: str = "default", *, quantize
             raise
         return _end(words, f"{name}: error", *_told(error))
     except KeyboardInterrupt:
-        again = "repeat the command without --overwrite" if "--overwrite" in words else "repeat the command"
-        text = f"stopped; blocks finished so far are kept: {again} to go on"
-        return _end(words, name, text, INTERRUPTED)
-    return 0
+        return _end(words, name, _stopped(words), INTERRUPTED)
+    if unfinished is None:
+        return 0
+    prefix = name if unfinished.exit_status == INTERRUPTED else f"{name}: error"
+    return _end(words, prefix, str(unfinished), unfinished.exit_status)
 
 
-def _result(words: list[str], preset: str, quantize: Quantize | None) -> str:
-    """What stdout shows of the command that was called."""
+def _result(words: list[str], preset: str, quantize: Quantize | None) -> tuple[str, Unfinished | None]:
+    """What stdout shows of the command that was called, and why that is not all."""
+    try:
+        return _called(words, preset, quantize), None
+    except Unfinished as unfinished:
+        return unfinished.shown, unfinished
+
+
+def _called(words: list[str], preset: str, quantize: Quantize | None) -> str:
     first, rest = (words[0], words[1:]) if words else ("", [])
     if first in SUBCOMMANDS:
         module = find(first)
@@ -100,6 +106,14 @@ def _result(words: list[str], preset: str, quantize: Quantize | None) -> str:
     elif first == "quantize":
         words = rest
     return quantizing.run(quantizing.parse(words, preset), quantize)
+
+
+def _stopped(words: list[str]) -> str:
+    """What is left of a command that was stopped and does not say so itself."""
+    if words and words[0] in SUBCOMMANDS:
+        return f"stopped; repeat auto-round {words[0]} to begin again"
+    again = "repeat the command without --overwrite" if "--overwrite" in words else "repeat the command"
+    return f"stopped; blocks finished so far are kept: {again} to go on"
 
 
 def _told(error: AutoRoundError | OSError) -> tuple[str, int]:

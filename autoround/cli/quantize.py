@@ -169,6 +169,7 @@ def run(command: Command, quantize: Quantize | None = None) -> str:
 
     Raises:
         AutoRoundError: it cannot be done.
+        Unfinished: the evaluation was stopped, or tasks failed.
     """
     recipe, evaluation, quiet = command.recipe, command.evaluation, command.quiet
     check(recipe)
@@ -186,11 +187,9 @@ def run(command: Command, quantize: Quantize | None = None) -> str:
         if command.dry_run:
             return "\n\n".join(show_plan(run.plan, _name(run, runs)) for run in runs)
         folders = [folder for run in runs for folder in _finish(run, screen, quiet=quiet)]
-        written = "\n".join(map(str, folders))
         if prepared is None:
-            return written
-        screen.note(f"written, and now measured: {', '.join(map(str, folders))}")
-        return f"{written}\n\n{evaluate.evaluate_run(folders, prepared, recipe, screen, quiet=quiet)}"
+            return "\n".join(map(str, folders))
+        return evaluate.evaluate_run(folders, prepared, recipe, screen, quiet=quiet)
 
 
 def _engine() -> Quantize:

@@ -10,14 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from autoround.data.tokens import load_calibration
-from autoround.evaluate.results import Measure, WorstToken
+from autoround.evaluate.results import FLOAT, Measure, WorstToken
 from autoround.evaluate.scores import TokenScores
 from autoround.evaluate.settings import Evaluation
 from autoround.evaluate.stream import Rows, Streamed, Streaming, compare_streamed
 from autoround.model.load import OpenModel
 from autoround.progress import Progress
 
-FLOAT = "float"
 # Worst tokens that are told, and how many tokens of the text before each.
 WORST, CONTEXT = 10, 16
 _SEED = 42

@@ -4,9 +4,10 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TextIO
 
 import torch
@@ -40,8 +41,12 @@ class Tasks(NamedTuple):
 class Outcome(NamedTuple):
     """Measures of the tasks that finished, and why others did not."""
 
-    measures: tuple[Measure, ...]
-    failed: dict[str, str]
+    measures: tuple[Measure, ...] = ()
+    failed: Mapping[str, str] = MappingProxyType({})
+
+    def then(self, other: "Outcome") -> "Outcome":
+        """Both as one."""
+        return Outcome(self.measures + other.measures, {**self.failed, **other.failed})
 
 
 def load_tasks(names: Sequence[str], include_path: str | None) -> Tasks:
@@ -62,32 +67,26 @@ def load_tasks(names: Sequence[str], include_path: str | None) -> Tasks:
         return Tasks(manager, {name: _load(manager, name) for name in names})
 
 
-def run_tasks(tasks: Tasks, lm: Any, settings: Evaluation, *, tell: Callable[[str], None]) -> Outcome:
-    """Run tasks on a model of lm-eval's interface.
+def run_tasks(tasks: Tasks, lm: Any, settings: Evaluation) -> Iterator[Outcome]:
+    """Run tasks on a model of lm-eval's interface; what was found, of all at once or of one after another.
 
     Args:
         tasks: from ``load_tasks``.
         lm: from ``open_lm``.
         settings: limits, shots, and whether tasks are run one after another.
-        tell: called with each measure of tasks that are run one after another.
 
     Raises:
         DataError: lm-eval refuses or fails; with task after task it goes on and the reason is in the outcome.
     """
     if not settings.eval_task_by_task:
-        return Outcome(_run([each for own in tasks.loaded.values() for each in own], tasks, lm, settings), {})
-    measures: list[Measure] = []
-    failed: dict[str, str] = {}
+        yield Outcome(_run([each for own in tasks.loaded.values() for each in own], tasks, lm, settings), {})
+        return
     for name, own in tasks.loaded.items():
         try:
-            found = _run(own, tasks, lm, settings)
+            found = Outcome(_run(own, tasks, lm, settings), {})
         except DataError as error:
-            failed[name] = str(error)
-            continue
-        for each in found:
-            tell(f"{each.task}  {each.metric}  {each}")
-        measures += found
-    return Outcome(tuple(measures), failed)
+            found = Outcome((), {name: str(error)})
+        yield found
 
 
 def check_backend(backend: str) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+# The name of the model that others are compared with.
+FLOAT = "float"
 # Numbers from here on are shown by their leading digits.
 _LONG = 10_000
 
@@ -79,6 +81,7 @@ class Results:
         text: what kl and perplexity were measured on; empty without them.
         failed: "model, task" -> why, of tasks that did not finish.
         settings: all that were set.
+        complete: whether nobody stopped it before its end.
     """
 
     models: tuple[ModelResults, ...]
@@ -86,6 +89,7 @@ class Results:
     text: str = ""
     failed: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    complete: bool = True
 
     def table(self) -> str:
         """Measures in rows, models in columns, and the worst tokens below.
@@ -128,12 +132,21 @@ class Results:
                     }
                     for model in self.models
                 },
+                "complete": self.complete,
                 "failed": dict(self.failed),
                 "settings": dict(self.settings),
             },
             indent=2,
             ensure_ascii=False,
         )
+
+
+class Interrupted(KeyboardInterrupt):
+    """An evaluation was stopped; ``results`` are those of the tasks that were finished."""
+
+    def __init__(self, results: Results) -> None:
+        super().__init__()
+        self.results = results
 
 
 def _short(number: float) -> str:

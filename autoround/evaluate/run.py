@@ -4,8 +4,8 @@ import contextlib
 import gc
 import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,10 +13,10 @@ import torch
 
 from autoround.backends.base import select
 from autoround.errors import UsageError
-from autoround.evaluate.built_in import FLOAT, BuiltIn, measure_built_in
+from autoround.evaluate.built_in import BuiltIn, measure_built_in
 from autoround.evaluate.harness import Outcome, Tasks, check_backend, load_tasks, only_progress, open_lm, run_tasks
 from autoround.evaluate.opening import open_checkpoint
-from autoround.evaluate.results import ModelResults, Results
+from autoround.evaluate.results import FLOAT, Interrupted, ModelResults, Results
 from autoround.evaluate.settings import Access, Evaluation
 from autoround.evaluate.stream import Streaming
 from autoround.progress import Progress
@@ -81,36 +81,43 @@ def evaluate(
         on_progress: called with the blocks of kl and perplexity.
 
     Raises:
+        Interrupted: by Ctrl-C; it has what was finished.
         AutoRoundError: a checkpoint that cannot be opened, other vocabularies, or text that cannot be read.
     """
-    settings, (backend, device) = prepared.settings, select(device_map)
-    found = BuiltIn("", {}, {})
-    if prepared.built_in:
-        found = measure_built_in(
-            prepared.built_in,
-            {name: open_checkpoint(path, access) for name, path in checkpoints.items()},
-            settings,
-            reference=None if reference is None else open_checkpoint(reference, access),
-            streaming=Streaming(
-                batch_size=settings.eval_bs,
-                device=device,
-                dtype=getattr(torch, settings.eval_model_dtype or "float32"),
-                memory=backend.memory_bytes,
-            ),
-            tell=tell or _silent,
-            on_progress=on_progress,
-        )
-    paths = dict(checkpoints)
+    settings = prepared.settings
+    scored = dict(checkpoints)
     if reference is not None and settings.scores_float:
-        paths = {FLOAT: reference, **paths}
-    outcomes = {}
-    if prepared.tasks is not None:
-        for name, path in paths.items():
-            outcomes[name] = _run_tasks(name, path, prepared.tasks, settings, access=access, device=device, tell=tell)
-    measures = {
-        name: (*found.measures.get(name, ()), *(outcomes[name].measures if name in outcomes else ()))
-        for name in (FLOAT, *checkpoints)
-    }
+        scored = {FLOAT: reference, **checkpoints}
+    found, outcomes = BuiltIn("", {}, {}), dict.fromkeys((FLOAT, *checkpoints), Outcome())
+    try:
+        backend, device = select(device_map)
+        if prepared.built_in:
+            found = measure_built_in(
+                prepared.built_in,
+                {name: open_checkpoint(path, access) for name, path in checkpoints.items()},
+                settings,
+                reference=None if reference is None else open_checkpoint(reference, access),
+                streaming=Streaming(
+                    batch_size=settings.eval_bs,
+                    device=device,
+                    dtype=getattr(torch, settings.eval_model_dtype or "float32"),
+                    memory=backend.memory_bytes,
+                ),
+                tell=tell or _silent,
+                on_progress=on_progress,
+            )
+        for name, path in scored.items() if prepared.tasks is not None else ():
+            for outcome in _run_tasks(name, path, prepared, access=access, device=device, tell=tell):
+                outcomes[name] = outcomes[name].then(outcome)
+    except KeyboardInterrupt:
+        raise Interrupted(replace(_results(found, outcomes, reference, settings), complete=False)) from None
+    return _results(found, outcomes, reference, settings)
+
+
+def _results(
+    found: BuiltIn, outcomes: Mapping[str, Outcome], reference: str | Path | None, settings: Evaluation
+) -> Results:
+    measures = {name: (*found.measures.get(name, ()), *each.measures) for name, each in outcomes.items()}
     return Results(
         models=tuple(
             ModelResults(name=name, measures=own, worst=found.worst.get(name, ()))
@@ -127,20 +134,26 @@ def evaluate(
 def _run_tasks(
     name: str,
     path: str | Path,
-    tasks: Tasks,
-    settings: Evaluation,
+    prepared: Prepared,
     *,
     access: Access,
     device: torch.device,
     tell: Callable[[str], None] | None,
-) -> Outcome:
+) -> Iterator[Outcome]:
     """lm-eval's tasks on one model, which is gone afterwards."""
-    (tell or _silent)(f"evaluation: {', '.join(tasks.loaded)} of {name}")
+    tasks, settings, say = prepared.tasks, prepared.settings, tell or _silent
+    assert tasks is not None
+    say(f"evaluation: {', '.join(tasks.loaded)} of {name}")
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_progress(sys.stderr if tell else stack.enter_context(open(os.devnull, "w"))))
-        outcome = run_tasks(tasks, open_lm(path, settings, access, device), settings, tell=tell or _silent)
+        for outcome in run_tasks(tasks, open_lm(path, settings, access, device), settings):
+            if settings.eval_task_by_task:
+                for each in outcome.measures:
+                    say(f"{each.task}  {each.metric}  {each}")
+                for task, reason in outcome.failed.items():
+                    say(f"{task}: failed: {reason}")
+            yield outcome
     gc.collect()
-    return outcome
 
 
 def _silent(line: str) -> None:

@@ -122,6 +122,15 @@ def test_an_interrupt_says_how_to_go_on(flags: list[str], how: str, capsys: pyte
     )
 
 
+def test_an_interrupt_of_a_subcommand(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(values: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("autoround.cli.data.run", stop)
+    assert main(["data", "python-docs", "--model", "m"]) == 130
+    assert capsys.readouterr() == ("", "auto-round: stopped; repeat auto-round data to begin again\n")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -50,7 +50,7 @@ def test_tasks_of_the_users_own(tmp_path: Path, float_folder: Path, monkeypatch:
     settings = Evaluation(tasks="mine", add_bos_token=True)
     lm = open_lm(float_folder, settings, Access(), CPU)
     assert lm.add_bos_token
-    outcome = run_tasks(tasks, lm, settings, tell=lambda line: None)
+    (outcome,) = run_tasks(tasks, lm, settings)
     assert [(each.task, each.metric) for each in outcome.measures] == [("mine", "acc")]
     assert outcome.measures[0].value in (0.0, 0.5, 1.0)
 
@@ -85,14 +85,13 @@ def test_one_after_another_goes_on_after_a_failure(float_folder: Path, monkeypat
     monkeypatch.setattr(lm_eval, "simple_evaluate", failing)
     names = ["python_docs_cloze", "python_docs_choice"]
     settings = Evaluation(tasks=names, eval_task_by_task=True, limit=2)
-    told: list[str] = []
     lm = open_lm(float_folder, settings, Access(), CPU)
-    outcome = run_tasks(load_tasks(names, None), lm, settings, tell=told.append)
-    assert outcome.failed == {"python_docs_cloze": "lm-eval: out of memory"}
-    assert {each.task for each in outcome.measures} == {"python_docs_choice"}
-    assert len(told) == len(outcome.measures)
+    cloze, choice = run_tasks(load_tasks(names, None), lm, settings)
+    assert cloze == ((), {"python_docs_cloze": "lm-eval: out of memory"})
+    assert ({each.task for each in choice.measures}, choice.failed) == ({"python_docs_choice"}, {})
+    assert cloze.then(choice) == (choice.measures, cloze.failed)
     with pytest.raises(DataError, match="lm-eval: out of memory"):
-        run_tasks(load_tasks(names, None), lm, Evaluation(tasks=names, limit=2), tell=told.append)
+        list(run_tasks(load_tasks(names, None), lm, Evaluation(tasks=names, limit=2)))
 
 
 def test_vllm_is_called_or_asked_for(monkeypatch: pytest.MonkeyPatch, float_folder: Path) -> None:
