@@ -16,6 +16,14 @@ KEEP = "keep"
 KNOWN: Mapping[str, type] = {"bits": int, "group_size": int, "sym": bool, "scale_dtype": str}
 # Widths that stand for layers that stay as they are.
 UNQUANTIZED_BITS = (16, 32)
+# What auto-round's users say beside these that says nothing here: weights alone are quantized, to integers.
+ACTIVATIONS = "activations stay in 16 bits (their quantization is out of scope)"
+INTEGERS = "weights are stored as integers"
+_OF_ACTIVATIONS = ("act_group_size", "act_sym", "act_data_type", "act_dynamic")
+_REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(("super_bits", "super_group_size"), "a GGUF file type decides it; name one with --format"),
+    "rotation_config": "weights are rounded without a rotation before",
+}
 # A colon that ends a key, without the space that YAML wants after it.
 _TIGHT_COLON = re.compile(r"(?<=[\w\"'$)\]*]):(?=[^\s:])")
 
@@ -191,10 +199,9 @@ def _setting(pattern: str, value: object) -> LayerSetting:
         return LayerSetting(pattern=pattern, keep=True)
     try:
         if isinstance(value, str):
-            spec = QuantSpec.parse(value)
-            changes: dict[str, Any] = {name: getattr(spec, name) for name in ("bits", "group_size", "sym")}
+            changes = _scheme(value)
         else:
-            changes = _checked(value)
+            changes = _checked(_ours(value))
             if changes.get("bits") in UNQUANTIZED_BITS:
                 return LayerSetting(pattern=pattern, keep=True)
             changes = {name: getattr(QuantSpec(**changes), name) for name in changes}
@@ -203,16 +210,39 @@ def _setting(pattern: str, value: object) -> LayerSetting:
     return LayerSetting(pattern=pattern, changes=tuple(changes.items()))
 
 
-def _checked(value: object) -> dict[str, Any]:
-    """Known settings of the right types."""
+def _ours(value: object) -> dict[Any, Any]:
+    """Settings without those of auto-round that say what is so anyway; a scheme is the base of the others."""
     if not isinstance(value, Mapping) or not value:
         raise UsageError(f"found {value!r}; needed a scheme such as W8A16, settings such as {{bits: 8}}, or {KEEP}")
+    left = {name: own for name, own in value.items() if own is not None}
+    if isinstance(scheme := left.pop("scheme", None), str):
+        left = _scheme(scheme) | left
+    elif scheme is not None:
+        raise UsageError(f"scheme: found {scheme!r}; needed a name such as W8A16")
+    bits, data_type = left.pop("act_bits", 16), left.pop("data_type", "int")
+    if bits not in UNQUANTIZED_BITS:
+        raise UsageError(f"act_bits: found {bits!r}; needed 16: {ACTIVATIONS}")
+    if data_type != "int" and left.get("bits") not in UNQUANTIZED_BITS:
+        raise UsageError(f"data_type: found {data_type!r}; needed int: {INTEGERS}")
+    for name in _REFUSED:
+        if name in left:
+            raise UsageError(f"{name}: found {left[name]!r}; needed none: {_REFUSED[name]}; leave it out")
+    return {name: own for name, own in left.items() if name not in _OF_ACTIVATIONS}
+
+
+def _scheme(name: str) -> dict[str, Any]:
+    spec = QuantSpec.parse(name)
+    return {each: getattr(spec, each) for each in ("bits", "group_size", "sym")}
+
+
+def _checked(value: dict[Any, Any]) -> dict[str, Any]:
+    """Known settings of the right types."""
     for name, own in value.items():
         if name not in KNOWN:
             raise UsageError(f"found unknown setting {name!r}; known are {', '.join(KNOWN)}")
         if type(own) is not KNOWN[name]:
             raise UsageError(f"{name}: found {own!r}; needed {_KINDS[KNOWN[name]]}")
-    return dict(value)
+    return value
 
 
 _KINDS: Mapping[type, str] = {int: "a whole number", bool: "true or false", str: "a name"}

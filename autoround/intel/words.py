@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from autoround.layers import ACTIVATIONS, INTEGERS
+
 _EVALUATION = "not available; run lm_eval itself on a folder of the format fake"
 _MIXED = "not available yet; use --layer_config to give layers bits of their own"
-_ACTIVATIONS = "activations stay in 16 bits (their quantization is out of scope); use a scheme that ends in A16"
+_ACTIVATIONS = f"{ACTIVATIONS}; use a scheme that ends in A16"
 _DIFFUSION = "diffusion models are out of scope"
 
 
@@ -80,9 +82,7 @@ TAKEN: Mapping[str, Taken] = MappingProxyType(
         "platform": Taken(
             values=("hf",), instead="models come from the Hugging Face hub or a folder; download others first"
         ),
-        "data_type": Taken(
-            values=("int",), instead="weights are stored as integers; use --bits, --group_size and --sym or --asym"
-        ),
+        "data_type": Taken(values=("int",), instead=f"{INTEGERS}; use --bits, --group_size and --sym or --asym"),
         "act_bits": Taken(values=("16", "32"), instead=_ACTIVATIONS),
         "sampler": Taken(values=("rand",), instead="rows are drawn at random"),
     }
@@ -165,8 +165,8 @@ _FLOATS = "floating-point weights are out of scope; use W8A16, W4A16 or a GGUF f
 # Advice -> the schemes it is for, in upper case.
 _SCHEMES: Mapping[str, str] = {
     _FLOATS: ("MXFP4 MXFP6 MXFP8 MXFP4_RCEIL MXFP8_RCEIL MXINT4 NVFP4 NVFP4_E5M3 FPW8A16 FP8_STATIC FP8_BLOCK FP8"),
-    "activations stay in 16 bits (their quantization is out of scope); use W8A16": "INT8 INT8_W8A8 W8A8",
-    "activations stay in 16 bits (their quantization is out of scope); use W4A16": "INT4 W4A8 W4A4",
+    f"{ACTIVATIONS}; use W8A16": "INT8 INT8_W8A8 W8A8",
+    f"{ACTIVATIONS}; use W4A16": "INT4 W4A8 W4A4",
     "integer codes have 2, 3, 4 or 8 bits; use W4A16, W8A16, or --format gguf:q5_k_m": "W5A16 W5A16G64 W5A16G32",
     "integer codes have 2, 3, 4 or 8 bits; use W8A16, or --format gguf:q6_k": "W6A16 W6A16G64 W6A16G32",
     "integer codes have 2, 3, 4 or 8 bits; use W8A16": "W7A16 W7A16G64 W7A16G32",

@@ -171,6 +171,8 @@ def _schemes() -> str:
         ("`W2A16` `W3A16` `W4A16` `W8A16`, with `G32`, `G64` …", "the same"),
         ("`GGUF:…`, as a scheme", "taken: `--format gguf:…`; beside another format it is refused"),
         *((" ".join(names), reason) for reason, names in groups.items()),
+        ("`layer_config` with `scheme`, `data_type: int`, `act_bits: 16`, `act_…`, null", "taken: weight-only as here"),
+        ("`layer_config` with other `act_bits` or `data_type`, `super_…`, `rotation_config`", "refused by name"),
         *((f"format `{name}`", f"the same as `{meant}`") for name, meant in ALIASES.items()),
         *((f"format `{name}`", f"refused: {reason}") for name, reason in FORMATS.items()),
         *((f"format `{name}`", f"refused: use {other}") for name, other in ABSENT.items() if name not in FORMATS),

@@ -48,6 +48,29 @@ def test_a_file_in_the_form_that_people_write(tmp_path: Path) -> None:
     assert read(tmp_path / "own.yml") == expected
 
 
+SCHEME = {
+    "bits": 8, "group_size": 32, "sym": True, "data_type": "int", "act_bits": None, "act_group_size": None,
+    "act_sym": None, "act_data_type": None, "act_dynamic": None, "super_bits": None,
+    "super_group_size": None, "rotation_config": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (SCHEME, {"bits": 8, "group_size": 32, "sym": True}),
+        (SCHEME | {"act_bits": 16, "act_sym": True, "act_data_type": "fp"}, {"bits": 8, "group_size": 32, "sym": True}),
+        ({"act_bits": 16, "data_type": "int"}, {}),
+        ({"bits": 16, "act_bits": 16, "data_type": "float"}, {"keep": True}),
+        ({"bits": 2, "act_bits": 32, "act_dynamic": True}, {"bits": 2}),
+        ({"scheme": "W8A16", "group_size": 32}, WIDE | {"group_size": 32}),
+    ],
+    ids=["a whole scheme", "said", "these alone", "unquantized", "without bits", "a base"],
+)
+def test_what_auto_round_writes_beside_them(given: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert read({"k_proj": given}) == read(json.dumps({"k_proj": given})) == {"k_proj": expected}
+
+
 @pytest.mark.parametrize("given", ["", " ", {}, "{}", ()])
 def test_nothing_is_no_settings(given: object) -> None:
     assert read_layer_config(given) == ()
@@ -63,6 +86,12 @@ def test_nothing_is_no_settings(given: object) -> None:
         ("{k:{sym:1}}", "layer_config: k: sym: found 1; needed true or false"),
         ("{k:{group_size:0}}", "layer_config: k: group_size: found 0; needed a positive number"),
         ("{k:{scale_dtype:fp8}}", "layer_config: k: scale_dtype: found 'fp8'; needed one of float16, "),
+        ("{k:{act_bits:8}}", "layer_config: k: act_bits: found 8; needed 16: activations stay in 16 bits ("),
+        ("{k:{data_type:mx_fp}}", "layer_config: k: data_type: found 'mx_fp'; needed int: weights are stored as"),
+        ("{k:{super_bits:6}}", "layer_config: k: super_bits: found 6; needed none: a GGUF file type decides it; "),
+        ("{k:{rotation_config:a}}", "layer_config: k: rotation_config: found 'a'; needed none: weights are rounded w"),
+        ("{k:{scheme:8}}", "layer_config: k: scheme: found 8; needed a name such as W8A16"),
+        ("{k:{scheme:INT8}}", "layer_config: k: scheme: found 'INT8'; needed W2A16, "),
         ("{k: W9A16X}", "layer_config: k: scheme: found 'W9A16X'; needed W2A16, "),
         ("{k: {}}", "layer_config: k: found {}; needed a scheme such as W8A16, settings such as {bits: 8}, or keep"),
         ("{k:}", "layer_config: k: found None; needed a scheme"),
