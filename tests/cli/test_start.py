@@ -91,6 +91,14 @@ def test_public_names_are_frozen_and_found() -> None:
         _ = autoround.quantise
 
 
+def test_public_names_of_evaluation_are_found() -> None:
+    from autoround import evaluate
+
+    assert [name for name in evaluate.__all__ if getattr(evaluate, name) is None] == []
+    with pytest.raises(AttributeError, match=r"module 'autoround\.evaluate' has no attribute 'compere'"):
+        _ = evaluate.compere
+
+
 def test_every_console_script_has_its_function_and_both_spellings() -> None:
     tomllib = pytest.importorskip("tomllib")
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
