@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint format clients docs families intel-table settings client-environments clean
+.PHONY: demo test lint format bench bench-environments clients docs families intel-table settings client-environments clean
 
 demo: $(INSTALLED)
 	$(BIN)/python benchmarks/demo.py
@@ -39,6 +39,13 @@ settings: $(INSTALLED)
 # Writes docs/coming_from_auto_round.md.
 intel-table: $(INSTALLED)
 	$(BIN)/python -m tests.cli.intel_table
+
+# Runs every cell that is not done yet and writes docs/benchmarks.md; `make bench CELLS='run/small-llama/*'` a part.
+bench: bench-environments
+	AUTOROUND_CLIENT_VENV=$(CURDIR)/.venv-clients $(BIN)/python -m benchmarks.bench $(if $(CELLS),--cells '$(CELLS)')
+
+bench-environments: $(INSTALLED)
+	AUTOROUND_CLIENT_VENV=$(CURDIR)/.venv-clients $(BIN)/python -m benchmarks.environments
 
 client-environments: $(INSTALLED)
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python tests/clients/environments.py .venv-clients

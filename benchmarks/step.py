@@ -5,15 +5,17 @@ dtype of the backend. The bound is the products of the block's linear layers, fo
 dtype: outputs, gradients of weights, and gradients of inputs except those of the layers that read the block's own
 input. Rounds alternate between step, bound and one large square product.
 
-``python -m benchmarks.step [--bits N] [--group-size N] [--batch N] [--seqlen N] [--seconds N] [--eager]``
+``python -m benchmarks.step [--bits N] [--group-size N] [--batch N] [--seqlen N] [--seconds N] [--eager] [--json FILE]``
 
 Legend: B rows, T tokens in a row, O output features, I input features, D hidden size.
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,8 +117,28 @@ def timed(runs: Mapping[str, Callable[[], None]], seconds: float, wait: Callable
     return {name: statistics.median(own) for name, own in taken.items()}
 
 
-def run() -> None:
-    """Measure and print."""
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of the first step, a step, its bound and the square product; rates in GFLOP/s; dtype and attention."""
+    backend, device = select(options.device)
+    dtype, attention = backend.compute_dtype(), backend.attention(options.seqlen)
+    block = make_block(options, device, dtype, attention)
+    start = time.perf_counter()
+    take = make_step(options, block, dtype)
+    take()
+    first = time.perf_counter() - start
+    bound, operations = make_bound(block[1], options.batch * options.seqlen, dtype)
+    left, right = (torch.randn(SQUARE, SQUARE, device=device).to(dtype) for _ in range(2))
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    runs = {"step": take, "bound": bound, "square": lambda: torch.mm(left, right)}
+    found = timed(runs, options.seconds, wait)  # type: ignore[arg-type]
+    return {
+        "dtype": str(dtype), "attention": attention, "first": first, **found,
+        "bound_rate": operations / found["bound"] / 1e9, "square_rate": 2 * SQUARE**3 / found["square"] / 1e9,
+        "fraction": found["bound"] / found["step"]}  # fmt: skip
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """Options from the command line, or from words."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--group-size", type=int, default=64)
@@ -125,27 +147,24 @@ def run() -> None:
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--eager", action="store_true", help="without compilation")
-    options = parser.parse_args()
-    backend, device = select(options.device)
-    dtype, attention = backend.compute_dtype(), backend.attention(options.seqlen)
-    print(machine.describe())
-    print(f"{options.batch} x {options.seqlen} tokens, {options.bits} bits in groups of {options.group_size}, {dtype}, "
-          f"{attention} attention, {'eager' if options.eager else 'compiled'}")  # fmt: skip
-    block = make_block(options, device, dtype, attention)
-    start = time.perf_counter()
-    take = make_step(block, dtype, None if options.eager else backend.compiler)
-    take()
-    print(f"first step, compilation included: {time.perf_counter() - start:.1f} s")
-    bound, operations = make_bound(block[1], options.batch * options.seqlen, dtype)
-    left, right = (torch.randn(SQUARE, SQUARE, device=device).to(dtype) for _ in range(2))
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    runs = {"step": take, "bound": bound, "square": lambda: torch.mm(left, right)}
-    found = timed(runs, options.seconds, wait)  # type: ignore[arg-type]
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    return parser.parse_args(words)
+
+
+def run() -> None:
+    """Measure and print."""
+    options = parse()
+    print(machine.describe(), flush=True)
+    found = measured(options)
+    print(f"{options.batch} x {options.seqlen} tokens, {options.bits} bits in groups of {options.group_size}, "
+          f"{found['dtype']}, {found['attention']} attention, {'eager' if options.eager else 'compiled'}")  # fmt: skip
+    print(f"first step, compilation included: {found['first']:.1f} s")
     print(f"step: {1e3 * found['step']:.1f} ms")
-    print(f"its linear layers' products alone: {1e3 * found['bound']:.1f} ms, "
-          f"{operations / found['bound'] / 1e9:,.0f} GFLOP/s")  # fmt: skip
-    print(f"a square product of {SQUARE}: {2 * SQUARE**3 / found['square'] / 1e9:,.0f} GFLOP/s")
-    print(f"fraction of the bound: {found['bound'] / found['step']:.2f}")
+    print(f"its linear layers' products alone: {1e3 * found['bound']:.1f} ms, {found['bound_rate']:,.0f} GFLOP/s")
+    print(f"a square product of {SQUARE}: {found['square_rate']:,.0f} GFLOP/s")
+    print(f"fraction of the bound: {found['fraction']:.2f}")
+    if options.json:
+        options.json.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,9 @@ Legend: N rows, T tokens in a row, P predicted tokens.
 import argparse
 import random
 import shlex
-import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,25 +35,11 @@ import autoround
 from autoround.data.python_docs import python_docs
 from autoround.evaluate import TokenScores, compare
 from autoround.formats.gguf.container import read_tensors
-from benchmarks import machine, small_llama, smollm2
-from benchmarks.vs_auto_round import bootstrap
+from benchmarks import machine, smollm2
+from benchmarks.models import MODELS, once
 
-MODELS: dict[str, Callable[[Path], None]] = {
-    "small-llama": small_llama.save_trained,
-    "smollm2-dithered": smollm2.save_dithered,
-}
 LLAMA_CPP = "llama.cpp"
-
-
-def once(file: Path, make: Callable[[Path], object]) -> Path:
-    """A file or folder that ``make`` writes, unless an earlier call of the benchmark finished it."""
-    if not file.exists():
-        unfinished = file.with_name(f"unfinished-{file.name}")
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished)
-        make(unfinished)
-        unfinished.rename(file)
-    return file
+BOOTSTRAPS = 2000
 
 
 def run_tool(command: list[str], log: Path) -> None:
@@ -177,6 +161,14 @@ def other_types(ours: Path, theirs: Path) -> list[str]:
         for name in sorted(found[0].keys() | found[1].keys())
         if found[0].get(name) != found[1].get(name)
     ]
+
+
+def bootstrap(difference_P: Tensor, *, length: int = 64) -> tuple[float, float]:
+    """95% interval of a mean over tokens, drawing runs of neighbouring tokens, which depend on each other."""
+    runs_R = difference_P[: len(difference_P) // length * length].view(-1, length).mean(1)
+    draws = torch.randint(len(runs_R), (BOOTSTRAPS, len(runs_R)), generator=torch.Generator().manual_seed(0))
+    low, high = torch.quantile(runs_R[draws].mean(1), torch.tensor([0.025, 0.975], dtype=runs_R.dtype)).tolist()
+    return low, high
 
 
 def report(name: str, file: Path, scores: TokenScores, theirs: TokenScores | None) -> None:

@@ -1,0 +1,195 @@
+"""docs/benchmarks.md and its plots, from the results of ``benchmarks/bench.py``: nothing else knows the figures.
+
+``python -m benchmarks.page`` writes them anew from ``benchmarks/results/bench.json``.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import quality
+from benchmarks.peers import OURS, THEIRS, TOOLS
+
+HEAD = """# Benchmarks
+
+Written by `make bench` from `benchmarks/results/bench.json`; definitions of all cells are in `benchmarks/cells.py`.
+Whole processes on an otherwise idle machine, compile caches cold, the same calibration rows for every tool. Figures are
+medians over seeds with the smallest and the largest in brackets; peak memory is that of the process. KL divergence from
+the float model, in nats per token, is judged in float32 on four domains (`benchmarks/domains.py`): means over seeds,
+and differences with 95% intervals, bootstrapped over documents and paired.
+"""
+Group = Mapping[str, Any]
+
+
+class Row(NamedTuple):
+    """All seeds of one recipe of one tool.
+
+    Attributes:
+        title: tool and recipe.
+        cells: results, one per seed.
+    """
+
+    title: str
+    cells: list[Group]
+
+    @property
+    def done(self) -> list[Group]:
+        """Those that did not fail."""
+        return [cell for cell in self.cells if "error" not in cell]
+
+
+def spread(values: Sequence[float], digits: int = 0) -> str:
+    """Median, and smallest and largest in brackets where there are several."""
+    text = f"{statistics.median(values):.{digits}f}"
+    return text if len(values) < 2 else f"{text} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def mean_scores(cells: Sequence[Group]) -> dict[str, quality.DocumentScores]:
+    """Sums of documents, averaged over the seeds that are judged; empty where none is."""
+    judged = [cell["quality"]["documents"] for cell in cells if "quality" in cell]
+    found = {}
+    for domain in judged[0] if judged else ():
+        fields = zip(*([own[domain][key] for key in quality.DocumentScores._fields] for own in judged), strict=True)
+        found[domain] = quality.DocumentScores(*(torch.tensor(each, dtype=torch.float64).mean(0) for each in fields))
+    return found
+
+
+def groups(results: Group, prefix: str) -> dict[str, list[Row]]:
+    """Cells of a kind by what they have in common; the last part of a name is its seed, the one before its tool."""
+    found: dict[str, dict[str, Row]] = {}
+    for name, cell in sorted(results.items()):
+        if name.startswith(f"{prefix}/"):
+            *common, row, _ = name.removeprefix(f"{prefix}/").split("/")
+            found.setdefault("/".join(common), {}).setdefault(row, Row(row, [])).cells.append(cell)
+    return {key: list(rows.values()) for key, rows in found.items()}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [f"| {' | '.join(words)} |" for words in (head, ["---"] * len(head), *rows)]
+
+
+def run_table(rows: list[Row]) -> list[str]:
+    """Cost and quality of whole runs, with differences to ours of the same recipe, or else our default."""
+    own = {row.title: scores for row in rows if (scores := mean_scores(row.done))}
+    lines = []
+    for row in sorted(rows, key=lambda row: (row.title.split(".", 1)[1], row.title)):
+        title = f"{TOOLS[row.title.split('.', 1)[0]].version}, {row.title.split('.', 1)[1]}"
+        if not row.done:
+            lines.append([title, "failed: " + row.cells[0]["error"].replace("|", "/")[-160:], *[""] * 5])
+            continue
+        costs = [cell["cost"] for cell in row.done]
+        words = [title, spread([cost["seconds"] for cost in costs]),
+                 f"{max(cost['gigabytes'] for cost in costs):.2f}"]  # fmt: skip
+        if row.title in own:
+            base = partner(row.title, own)
+            found = quality.estimate({base: own[base], row.title: own[row.title]})[row.title]
+            unlike = [f"{found[domain]['kl'].value:.4f}" for domain in ("docs", "code", "prose", "model")
+                      if domain in found]  # fmt: skip
+            kl = found[quality.ALL]["kl"]
+            beside = "" if base == row.title else f"{kl.difference:+.4f}, {kl.low:+.4f} to {kl.high:+.4f}"
+            words += [f"{kl.value:.4f} ± {kl.error:.4f}", " / ".join(unlike), beside,
+                      f"{found[quality.ALL]['top1'].value:.1%}"]  # fmt: skip
+        lines.append(words + [""] * (7 - len(words)))
+    head = ["tool, recipe", "seconds", "GB", "KL", "docs / code / prose / model", "KL beside ours", "same top token"]
+    return table(head, lines)
+
+
+def partner(title: str, judged: Mapping[str, object]) -> str:
+    """Our row of the same recipe; our default where we have none, and itself where that is not judged."""
+    recipe = title.split(".", 1)[1].partition("+")[0]
+    return next((each for each in (f"{OURS}.{recipe}", f"{OURS}.default") if each in judged), title)
+
+
+def slope_table(found: Mapping[str, list[Row]], label: Callable[[str], str]) -> list[str]:
+    """Milliseconds of a step, and ratios between tools where both ran."""
+    lines = []
+    for key, rows in found.items():
+        times = {row.title: [1e3 * cell["step_seconds"] for cell in row.done] for row in rows if row.done}
+        words = [label(key), *(spread(times[tool], 1) if tool in times else "" for tool in (OURS, THEIRS))]
+        both = OURS in times and THEIRS in times
+        words.append(f"{statistics.median(times[THEIRS]) / statistics.median(times[OURS]):.2f}" if both else "")
+        lines.append(words)
+    return table(["", "autoround, ms a step", "auto-round 0.16.1, ms a step", "ratio"], lines)
+
+
+def step_table(results: Group) -> list[str]:
+    """The step beside its bound."""
+    lines = []
+    by_name: dict[str, list[Group]] = {}
+    for name, cell in sorted(results.items()):
+        if name.startswith("step/") and "error" not in cell:
+            by_name.setdefault(name.split("/")[1], []).append(cell)
+    for key, cells in by_name.items():
+        warm = [cell["warm"] for cell in cells]
+        times = [spread([1e3 * own[field] for own in warm], 1) for field in ("step", "bound")]
+        firsts = [spread([cell[start]["first"] for cell in cells], 1) for start in ("cold", "warm")]
+        fraction, rate = spread([own["fraction"] for own in warm], 2), spread([own["square_rate"] for own in warm])
+        lines.append([key, *times, fraction, rate, *firsts])
+    head = ["", "step, ms", "its matrix products alone, ms", "fraction", "square product, GFLOP/s",
+            "first step, cold, s", "first step, warm cache, s"]  # fmt: skip
+    return table(head, lines) if lines else []
+
+
+def plot(title: str, rows: list[Row], file: Path) -> bool:
+    """Time against KL, one curve a tool; whether there was anything to draw."""
+    points: dict[str, list[tuple[float, float, str]]] = {}
+    for row in rows:
+        scores = mean_scores(row.done)
+        if scores:
+            tool, recipe = row.title.split(".", 1)
+            kl = quality.estimate({"own": scores})["own"][quality.ALL]["kl"].value
+            points.setdefault(tool, []).append((statistics.median(c["cost"]["seconds"] for c in row.done), kl, recipe))
+    if not points:
+        return False
+    import matplotlib  # an extra, needed for plots alone
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "autoround"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for tool, own in points.items():
+        seconds, kls, recipes = zip(*sorted(own), strict=True)
+        axes.plot(seconds, kls, marker="o", label=TOOLS[tool].version)
+        for second, kl, recipe in zip(seconds, kls, recipes, strict=True):
+            axes.annotate(recipe, (second, kl), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    axes.set(xscale="log", yscale="log", xlabel="wall time, seconds", ylabel="KL, nats per token", title=title)
+    axes.legend()
+    axes.grid(which="both", alpha=0.3)
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)
+    return True
+
+
+def write(results: Group, file: Path) -> None:
+    """Write the page, and its plots into a folder of the page's name beside it."""
+    lines = [HEAD]
+    machines = sorted({f"{cell['machine']} (commit {cell['commit']}, {cell['day']})" for cell in results.values()})
+    lines += [f"- {each}" for each in machines]
+    if steps := step_table(results):
+        lines += ["\n## One step and its bound\n", *steps]
+    titles = {"pace": "Steps of one block, compiled, in whole runs", "depth": "Blocks", "width": "Columns",
+              "tokens": "Tokens in a row", "cores": "Threads"}  # fmt: skip
+    for topic, title in titles.items():
+        if found := groups(results, topic):
+            lines += [f"\n## {title}\n", *slope_table(found, lambda key: f"`{key}`")]
+    for key, rows in groups(results, "run").items():
+        lines += [f"\n## Whole runs: {key.replace('/', ', ')}\n", *run_table(rows)]
+        picture = file.with_suffix("") / f"{key.replace('/', '-')}.svg"
+        if plot(key.replace("/", ", "), rows, picture):
+            lines += ["", f"![Time against KL divergence]({picture.relative_to(file.parent)})"]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    from benchmarks.bench import PAGE, RESULTS
+
+    write(json.loads(RESULTS.read_text()), PAGE)

@@ -1,0 +1,102 @@
+"""Cells, their results and the page: that work goes on, failures are told, and figures are those of the results."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from autoround.errors import DataError
+from benchmarks import bench, cells, page, peers, quality
+from benchmarks.cells import Place, Run
+from benchmarks.cost import Failed, measure
+from benchmarks.peers import Job, Tool
+
+CELL = Run(model="small-llama", bits=4, data=(4, 32), tool="autoround", recipe="rtn", seed=0)
+DATA = {"rows": 4, "seqlen": 32, "seed": 0}
+
+
+def job(folder: Path, source: Path) -> Job:
+    texts, tokens = folder / "texts.jsonl", folder / "tokens.json"
+    peers.write_calibration(AutoTokenizer.from_pretrained(source), texts, tokens, **DATA)
+    return Job(
+        source=source, texts=texts, tokens=tokens, output=folder / "out", bits=4, group_size=32, sym=True, **DATA
+    )
+
+
+def test_names_are_unique_and_patterns_select() -> None:
+    found = cells.all_cells()
+    names = [cell.name for cell in found]
+    assert len(set(names)) == len(names)
+    assert {name.split("/")[0] for name in names} == {"step", "pace", "depth", "width", "tokens", "cores", "run"}
+    own = bench.select(["run/*/autoround.rtn/seed0"], found)
+    assert {cell.name.split("/")[2] for cell in own} == {"w2g64", "w3g64", "w4g64"}
+    with pytest.raises(SystemExit, match="found no such cell"):
+        bench.select(["run/nothing"], found)
+
+
+def test_every_tool_gets_the_same_rows(float_folder: Path, tmp_path: Path) -> None:
+    made = job(tmp_path, float_folder)
+    tokenizer = AutoTokenizer.from_pretrained(float_folder)
+    texts = [json.loads(line)["text"] for line in made.texts.read_text().splitlines()]
+    rows = json.loads(made.tokens.read_text())
+    assert [tokenizer(text).input_ids[:32] for text in texts] == rows
+    assert len(rows) == 4
+    for tool in peers.TOOLS.values():
+        for recipe in tool.recipes.values():
+            words = " ".join(recipe(made))
+            assert str(made.output.name) in words
+    with pytest.raises(DataError, match="needed 1000000"):
+        peers.write_calibration(tokenizer, made.texts, made.tokens, rows=1_000_000, seqlen=32, seed=0)
+
+
+@pytest.mark.slow
+def test_a_cell_is_run_judged_and_kept(float_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = job(tmp_path, float_folder)
+    monkeypatch.setattr(Place, "job", lambda self, model, own, **settings: made)
+    monkeypatch.setattr(bench.models, "source", lambda name, folder: float_folder)
+    monkeypatch.setattr(cells, "all_cells", lambda: [CELL])
+    place, results = Place(folder=tmp_path), tmp_path / "bench.json"
+    (place.of(CELL.name)).mkdir(parents=True)
+    bench.run_cell(CELL, place)
+    bench.judge_all([CELL], place, tokens=1000)
+    earlier = {"run/small-llama/w4g64/4x32/auto-round.rtn/seed0": {"error": "no | wheel", **bench.about()}}
+    results.write_text(json.dumps(earlier))
+    found = bench.collect(place, results)
+    assert json.loads(results.read_text()) == found
+    assert found.keys() == {*earlier, CELL.name}
+    own = found[CELL.name]
+    assert own["cost"]["seconds"] > 0
+    kl = quality.estimate({"a": page.mean_scores([own])})["a"][quality.ALL]["kl"].value
+    assert kl > 0.001
+    page.write(found, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert f"{kl:.4f}" in text
+    assert "failed: no / wheel" in text
+    assert "![Time against KL divergence](page/small-llama-w4g64-4x32.svg)" in text
+    assert (tmp_path / "page" / "small-llama-w4g64-4x32.svg").stat().st_size > 1000
+
+
+def test_a_failure_is_a_result_with_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["python3", "-c", "raise SystemExit('no such kernel')"]
+    with pytest.raises(Failed, match="no such kernel"):
+        measure(command, tmp_path / "log.txt", {})
+    monkeypatch.setattr(Place, "job", lambda self, model, own, **settings: None)
+    broken = Tool(version="broken", recipes={"rtn": lambda job: command})
+    monkeypatch.setitem(peers.TOOLS, "autoround", broken)
+    bench.run_cell(CELL, Place(folder=tmp_path))
+    found = json.loads((tmp_path / "cells" / CELL.name / bench.RESULT).read_text())
+    assert "no such kernel" in found["error"]
+    assert "cost" not in found
+
+
+def test_means_over_seeds_and_spreads() -> None:
+    def cell(kl: float) -> dict[str, object]:
+        fields = {"tokens_D": [10.0, 10.0], "nll_D": [1.0, 1.0], "kl_D": [kl, kl], "agrees_D": [5.0, 5.0]}
+        return {"quality": {"documents": {"docs": fields}}}
+
+    found = page.mean_scores([cell(1.0), cell(3.0), {}])
+    assert torch.equal(found["docs"].kl_D, torch.tensor([2.0, 2.0], dtype=torch.float64))
+    assert page.spread([3.0, 1.0, 2.0], 1) == "2.0 (1.0–3.0)"
+    assert page.spread([3.0]) == "3"
