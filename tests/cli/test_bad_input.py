@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from autoround.cli.main import main
 from tests.evaluate.conftest import float_folder as float_folder
+from tests.refusals import refused
 
 CONFIGS = {
     "unknown key": (b"itres: 3\n", "itres: found an unknown setting; did you mean 'iters'?"),
@@ -20,17 +20,6 @@ CONFIGS = {
     "binary": (b"\xff\xfe\x00", "no text; needed a YAML file of settings"),
     "a list": (b"- a\n", "found a list; needed a YAML file of settings"),
 }
-
-
-def refused(words: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command says this, after what it was about to load."""
-    assert main(words) == status
-    out, err = capsys.readouterr()
-    assert out == ""
-    *before, last = err.splitlines()
-    assert last.startswith("auto-round: error: ")
-    assert message in last
-    assert all(line.startswith("loading: ") for line in before)
 
 
 @pytest.mark.parametrize("case", CONFIGS)

@@ -14,6 +14,7 @@ from autoround.errors import UsageError
 from tests.data.words import make_tokenizer, words, write_records
 from tests.fakehub import FakeHub
 from tests.model.tiny import make
+from tests.refusals import refused
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,10 +72,7 @@ def test_wrong_usage(typed: list[str], says: str) -> None:
 
 def test_no_tokenizer_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in (str(tmp_path), str(tmp_path / "model.gguf")):
-        assert main(["data", "python-docs", "--model", name]) == 1
-        before, message = capsys.readouterr().err.splitlines()
-        assert before == f"loading: {name}"
-        assert message.startswith(f"auto-round: error: {name}: found no ")
+        refused(["data", "python-docs", "--model", name], 1, f"error: {name}: found no ", capsys)
 
 
 def test_offline_reads_the_cache_alone_and_says_so(model: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from autoround.cli.quantize import parse
 from autoround.errors import UsageError
 from autoround.recipe import Recipe
 from tests.formats.quantized import tiny_llama
+from tests.refusals import refused
 
 RELAXED = "{k_proj:{bits:8},.*down:{bits:4}}"
 
@@ -50,10 +51,7 @@ def test_a_file(tmp_path: Path) -> None:
     ids=" ".join,
 )
 def test_what_cannot_be_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["model that is never opened", *words]) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith(f"auto-round: error: {message}")
+    refused(["model that is never opened", *words], 2, message, capsys)
 
 
 DRY = """\

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from autoround import config, load
 from autoround.cli.quantize import parse
@@ -24,6 +24,7 @@ from autoround.data.python_docs import python_docs
 from autoround.evaluate.settings import Evaluation
 from autoround.recipe import PRESETS, Recipe
 from tests.evaluate.conftest import float_folder as float_folder
+from tests.evaluate.conftest import save_llama
 from tests.fakehub import FakeHub
 
 ROOT = Path(__file__).parents[2]
@@ -72,12 +73,7 @@ def typed(name: str, folder: Path) -> list[str]:
 def model(float_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama whose rows groups of 128 divide."""
     folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    made = LlamaConfig(
-        vocab_size=400, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
-        tie_word_embeddings=False)  # fmt: skip
-    LlamaForCausalLM(made).save_pretrained(folder)
+    save_llama(folder, hidden_size=128, intermediate_size=128)
     PreTrainedTokenizerFast.from_pretrained(float_folder).save_pretrained(folder)
     return folder
 

@@ -28,13 +28,18 @@ def float_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
+    save_llama(folder, hidden_size=64, intermediate_size=96)
+    return folder
+
+
+def save_llama(folder: Path, *, hidden_size: int, intermediate_size: int) -> None:
+    """Write a model of two blocks for that tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=400, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
-        tie_word_embeddings=False)  # fmt: skip
+        vocab_size=400, hidden_size=hidden_size, intermediate_size=intermediate_size, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2,
+        bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
