@@ -123,7 +123,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     dtype, attention = backend.compute_dtype(), backend.attention(options.seqlen)
     block = make_block(options, device, dtype, attention)
     start = time.perf_counter()
-    take = make_step(options, block, dtype)
+    take = make_step(block, dtype, None if options.eager else backend.compiler)
     take()
     first = time.perf_counter() - start
     bound, operations = make_bound(block[1], options.batch * options.seqlen, dtype)
