@@ -101,7 +101,7 @@ def _title(backend: Backend, device: torch.device) -> str:
     if backend.name == "cuda":
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
     sets = [name for name, has in torch.cpu.get_capabilities().items() if has is True]
-    return f"{torch.get_num_threads()} threads, {'+'.join(sets) or platform.machine()}"
+    return f"{torch.get_num_threads()} threads, {' '.join(sets) or platform.machine()}"
 
 
 def _versions(names: tuple[str, ...]) -> Iterator[str]:

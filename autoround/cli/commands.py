@@ -45,9 +45,9 @@ class Module(Protocol):
 
 SUBCOMMANDS: Mapping[str, Subcommand] = MappingProxyType(
     {
-        "export": Subcommand("autoround.cli.export", "more formats from a journal or checkpoint, code for code"),
-        "data": Subcommand("autoround.cli.data", "what calibration data holds: rows, tokens, the first ones as text"),
-        "eval": Subcommand("autoround.cli.evaluate", "measures of a checkpoint of any layout, beside its float model"),
+        "export": Subcommand("autoround.cli.export", "more formats from a journal or checkpoint"),
+        "data": Subcommand("autoround.cli.data", "what calibration data holds, with the first rows"),
+        "eval": Subcommand("autoround.cli.evaluate", "measures of a checkpoint, beside its float model"),
         "list": Subcommand("autoround.cli.listing", "names of formats, schemes, datasets or recipes"),
         "doctor": Subcommand("autoround.cli.doctor", "what this machine has, and what would be fast on it"),
         "completion": Subcommand("autoround.cli.completion", "a script that completes flags in your shell"),

@@ -32,7 +32,7 @@ SETTINGS = (
 EPILOG = """\
 examples:
   auto-round data python-docs --model Qwen/Qwen3-0.6B
-  auto-round data "notes.jsonl:num=64,org/chats:split=train:apply_chat_template" --model ./model --show 5
+  auto-round data "a.jsonl,org/chats:num=64:split=train" --model ./m --show 5
   auto-round data self:num=8 --model ./model --seqlen 256
 """
 

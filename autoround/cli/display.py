@@ -76,13 +76,16 @@ class LiveDisplay:
         self._phase = ""
 
     def update(self, progress: Progress) -> None:
-        """Move the bar; where libraries may show bars of their own, while they load and read, it is gone for a line."""
+        """Move the bar; it is gone where libraries show their own: while they load and read, and after logits."""
         before, self._phase = self._phase, progress.phase
         if progress.phase == "loading" or (progress.phase == "calibration" and before != "calibration"):
             self._bar.stop()
             self.note(f"{progress.phase}: {progress.message}")
             return
         finished, total = _share(progress)
+        if progress.phase == "evaluation" and finished == total:
+            self._bar.stop()
+            return
         self._bar.update(
             self._task,
             description=f"block {progress.block}/{progress.blocks}" if progress.phase == "tuning" else progress.phase,

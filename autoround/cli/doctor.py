@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from autoround.cli.grammar import Grammar
+from autoround.cli.session import terminal_width
+from autoround.tables import aligned
 
 GRAMMAR = Grammar(
     program="auto-round doctor",
@@ -19,7 +21,7 @@ def run(values: Mapping[str, Any]) -> str:
     from autoround.doctor import examine
 
     del values
-    lines = []
+    rows = []
     for topic, found, advice in examine():
-        lines += [f"{topic:14} {found}", *([f"{'':14} -> {advice}"] if advice else [])]
-    return "\n".join(lines)
+        rows += [(topic, found), *([("", f"-> {advice}")] if advice else [])]
+    return "\n".join(aligned(rows, terminal_width()))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoround.cli.commands import FAILED, INTERRUPTED, Unfinished
 from autoround.cli.grammar import Grammar, word_or_flag
-from autoround.cli.session import session
+from autoround.cli.session import session, terminal_width
 from autoround.errors import UsageError
 from autoround.evaluate.results import FLOAT, Interrupted, Results
 from autoround.evaluate.settings import Access, Evaluation
@@ -27,8 +27,8 @@ GRAMMAR = Grammar(
     epilog="""\
 examples:
   auto-round eval out --reference Qwen/Qwen3-0.6B
-  auto-round eval out --tasks mmlu,lambada_openai --limit 100 --eval_output out.json
-  auto-round eval model-Q4_K_M.gguf --reference ./model --tasks kl,python_docs_cloze
+  auto-round eval out --tasks mmlu,lambada_openai --limit 100
+  auto-round eval m.gguf --reference ./model --tasks kl --eval_output o.json
 """,
     positional=("PATH", "the same as --model"),
     needed="one model",
@@ -158,7 +158,7 @@ def _shown(results: Results, output: str | None, before: str = "") -> str:
         Path(output).write_text(results.json() + "\n", encoding="utf-8")
     names = short_names([each.name for each in results.models if each.name != FLOAT])
     models = tuple(replace(each, name=names.get(each.name, each.name)) for each in results.models)
-    shown = "\n\n".join(filter(None, (before, replace(results, models=models).table())))
+    shown = "\n\n".join(filter(None, (before, replace(results, models=models).table(terminal_width()))))
     if not results.complete:
         kept = f"; kept in {output}" if output is not None else ""
         raise Unfinished(shown, f"stopped; measured so far: {'; '.join(done)}{kept}", INTERRUPTED)

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 from autoround.cli.grammar import Grammar
+from autoround.cli.session import terminal_width
 from autoround.data.language import did_you_mean
 from autoround.errors import UsageError
+from autoround.tables import aligned, fold
 
+# Rows of equal length, of which the first is the head, and lines below them.
+Table: TypeAlias = tuple[list[tuple[str, ...]], list[str]]
 GRAMMAR = Grammar(
     program="auto-round list",
     usage="formats|schemes|datasets|recipes",
@@ -29,10 +33,11 @@ def run(values: Mapping[str, Any]) -> str:
     what = f"{what}s" if f"{what}s" in TABLES else what
     if what not in TABLES:
         raise UsageError(f"list: found {what!r}; needed one of {', '.join(TABLES)}{did_you_mean(what, TABLES)}")
-    return "\n".join(_aligned(TABLES[what]()))
+    rows, below = TABLES[what]()
+    return "\n".join([*aligned(rows, terminal_width()), "", *below])
 
 
-def _formats() -> list[tuple[str, ...]]:
+def _formats() -> Table:
     from autoround.formats.gguf.recipes import FILE_TYPES
     from autoround.formats.registry import available, rules
 
@@ -44,21 +49,20 @@ def _formats() -> list[tuple[str, ...]]:
         sizes = ", ".join(map(str, each.group_sizes)) if each.group_sizes else f"multiples of {each.multiple}"
         bits = ", ".join(map(str, each.bits))
         rows.append((name, bits, _yes(each.mixed), _yes(each.head), "any" if each.any_grid else sizes))
-    kinds = [f"gguf:{name}" for name in FILE_TYPES]
-    return [*rows, ("",), *((", ".join(kinds[start : start + 6]),) for start in range(0, len(kinds), 6))]
+    return rows, fold(", ".join(f"gguf:{name}" for name in FILE_TYPES), terminal_width() or 80)
 
 
-def _schemes() -> list[tuple[str, ...]]:
+def _schemes() -> Table:
     from autoround.spec import QuantSpec
 
     rows: list[tuple[str, ...]] = [("scheme", "bits", "group size", "grid")]
     for name in ("W2A16", "W3A16", "W4A16", "W8A16", "W2A16G32", "W2A16G64", "W4A16G32_ASYM"):
         spec = QuantSpec.parse(name)
         rows.append((name, str(spec.bits), str(spec.group_size), "symmetric" if spec.sym else "asymmetric"))
-    return [*rows, ("",), ("W<2|3|4|8>A16, then G<group size> and _ASYM as wanted; GGUF types are formats",)]
+    return rows, ["W<2|3|4|8>A16, then G<group size> and _ASYM as wanted; GGUF types are formats"]
 
 
-def _datasets() -> list[tuple[str, ...]]:
+def _datasets() -> Table:
     from autoround.data.hub_names import SHORT_NAMES
 
     rows: list[tuple[str, ...]] = [("dataset", "where", "what is read")]
@@ -67,10 +71,10 @@ def _datasets() -> list[tuple[str, ...]]:
     for name, known in SHORT_NAMES.items():
         parts = [*([known.config] if known.config else []), "+".join(known.splits), "streamed" if known.stream else ""]
         rows.append((name, known.repo, ", ".join(filter(None, parts))))
-    return [*rows, ("",), ("any file, folder, glob or hub name works too: auto-round data --help",)]
+    return rows, ["any file, folder, glob or hub name works too: auto-round data --help"]
 
 
-def _recipes() -> list[tuple[str, ...]]:
+def _recipes() -> Table:
     from autoround.cli.quantize import program
     from autoround.recipe import PRESETS, Recipe
 
@@ -80,25 +84,13 @@ def _recipes() -> list[tuple[str, ...]]:
         data = (str(each.nsamples), str(each.seqlen)) if each.needs_data else ("none", "none")
         rate = f"{each.learning_rate(4):g}" if each.iters else ""
         rows.append((program(name), str(each.iters), *data, rate, _yes(each.searches_clips)))
-    return rows
+    return rows, ["auto-round --help has the flags that win over them"]
 
 
-TABLES: Mapping[str, Callable[[], list[tuple[str, ...]]]] = MappingProxyType(
+TABLES: Mapping[str, Callable[[], Table]] = MappingProxyType(
     {"formats": _formats, "schemes": _schemes, "datasets": _datasets, "recipes": _recipes}
 )
 
 
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """Columns as wide as their longest cell; rows of one cell are text."""
-    table = [row for row in rows if len(row) > 1]
-    widths = [max(len(row[column]) for row in table if column < len(row)) for column in range(len(table[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
-        if len(row) > 1
-        else row[0]
-        for row in rows
-    ]

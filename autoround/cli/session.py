@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,11 @@ def session(switches: Collection[str], loading: str = "") -> Iterator["Display"]
             yield screen
         finally:
             _REQUESTS.removeFilter(_is_news)
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is; None where it is none, so that nothing is folded there."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _is_news(record: logging.LogRecord) -> bool:

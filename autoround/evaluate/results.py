@@ -1,14 +1,18 @@
 """What an evaluation found, as a table and as JSON. Torch-free."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from autoround.tables import aligned, cells, tail
 
 # The name of the model that others are compared with.
 FLOAT = "float"
 # Numbers from here on are shown by their leading digits.
 _LONG = 10_000
+# Letters before a token that are shown in any case.
+LEAST_CONTEXT = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +59,6 @@ class WorstToken:
     float_nll: float
     nll: float
 
-    def __str__(self) -> str:
-        return (
-            f"{self.kl:8.3f}  {self.row}:{self.place}  {self.context!r} -> {self.token!r}; "
-            f"float {self.float_choice!r}, here {self.choice!r}"
-        )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelResults:
@@ -91,8 +89,11 @@ class Results:
     settings: Mapping[str, Any] = field(default_factory=dict)
     complete: bool = True
 
-    def table(self) -> str:
+    def table(self, width: int | None = None) -> str:
         """Measures in rows, models in columns, and the worst tokens below.
+
+        Args:
+            width: of the terminal; models that do not fit are in a table of their own below. No limit when None.
 
         >>> ppl = Measure(task="perplexity", metric="per token", value=9.0, error=0.5)
         >>> print(Results(models=(ModelResults(name="float", measures=(ppl,)),)).table())
@@ -100,24 +101,22 @@ class Results:
         perplexity  per token  9.0000 +- 0.5000
         """
         known = reversed(self.models)  # the float model, which comes first, has no kl
-        cells: dict[tuple[str, str], dict[str, str]] = {
+        found_by: dict[tuple[str, str], dict[str, str]] = {
             (each.task, each.metric): {} for model in known for each in model.measures
         }
         for model in self.models:
             for each in model.measures:
-                cells[each.task, each.metric][model.name] = str(each)
-        names = [model.name for model in self.models]
-        rows = [["task", "metric", *names]]
-        rows += [[*key, *(found.get(name, "") for name in names)] for key, found in cells.items()]
-        parts = ["\n".join(_aligned(rows))]
+                found_by[each.task, each.metric][model.name] = str(each)
+        first = [["task", "metric"], *map(list, found_by)]
+        columns = [[model.name, *(found.get(model.name, "") for found in found_by.values())] for model in self.models]
+        parts = _side_by_side(first, columns, width)
         if self.text:
-            parts.append(f"kl and perplexity on {self.text}")
-        for model in self.models:
-            if model.worst:
-                lines = (str(each) for each in model.worst)
-                parts.append("\n".join([f"worst tokens of {model.name}: kl, row:place, text", *lines]))
-        parts += [f"{name}: failed: {reason}" for name, reason in self.failed.items()]
-        return "\n\n".join(parts)
+            parts.append([f"kl and perplexity on {self.text}"])
+        parts += [
+            [f"worst tokens of {model.name}", *_worst(model.worst, width)] for model in self.models if model.worst
+        ]
+        parts += [[f"{name}: failed: {reason}"] for name, reason in self.failed.items()]
+        return "\n\n".join("\n".join(lines) for lines in parts)
 
     def json(self) -> str:
         """Everything, with numbers in full."""
@@ -153,9 +152,29 @@ def _short(number: float) -> str:
     return f"{number:.4f}" if abs(number) < _LONG else f"{number:.4g}"
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+def _side_by_side(first: list[list[str]], columns: list[list[str]], width: int | None) -> list[list[str]]:
+    """The first columns and as many of the others as fit beside them, and so on below."""
+    tables, rows, count = list[list[str]](), first, 0
+    for column in columns:
+        wider = [[*row, cell] for row, cell in zip(rows, column, strict=True)]
+        if count and width is not None and max(map(cells, aligned(wider))) > width:
+            tables.append(aligned(rows, width))
+            wider, count = [[*row, cell] for row, cell in zip(first, column, strict=True)], 0
+        rows, count = wider, count + 1
+    return [*tables, aligned(rows, width)]
+
+
+def _worst(tokens: Sequence[WorstToken], width: int | None) -> list[str]:
+    """Places of the worst tokens; what comes before them takes the room that the other columns leave."""
+    sides = [
+        [f"{each.kl:.3f}", f"{each.row}:{each.place}", repr(each.token), repr(each.float_choice), repr(each.choice)]
+        for each in tokens
+    ]
+    head = ["kl", "row:place", "came", "float", "here"]
+    room = None if width is None else max(width - max(map(cells, aligned([head, *sides]))) - 2, LEAST_CONTEXT)
+    before = [repr(each.context) if room is None else tail(repr(each.context), room) for each in tokens]
+    rows = [[*row[:2], text, *row[2:]] for row, text in zip([head, *sides], ["text", *before], strict=True)]
+    return aligned(rows, width)
 
 
 def _nested(measures: tuple[Measure, ...]) -> dict[str, dict[str, dict[str, float | None]]]:

@@ -100,3 +100,27 @@ def test_a_block_that_was_not_tuned_has_no_loss() -> None:
     stream = io.StringIO()
     PlainDisplay(stream).block_done(BlockDone(index=0, path="layers.0", seconds=0.25), 2)
     assert stream.getvalue() == "block 1/2  layers.0  0.2 s\n"
+
+
+def test_an_evaluation_moves_the_bar_and_leaves_it_to_lm_eval_afterwards() -> None:
+    stream = io.StringIO()
+    screen = LiveDisplay(Console(file=stream, force_terminal=True, width=80, color_system=None))
+    block = Progress(phase="evaluation", block=3, blocks=30, message="w4, block 3/30", eta_seconds=61.0)
+    screen.update(block)
+    screen.update(Progress(phase="evaluation", block=0, blocks=0, step=5, steps=10, message="w4, logits"))
+    assert "evaluation ━" in stream.getvalue()
+    assert "w4, block 3/30" in stream.getvalue() and "1:01 left" in stream.getvalue()
+    screen.update(Progress(phase="evaluation", block=0, blocks=0, step=10, steps=10, message="w4, logits"))
+    assert not screen._bar.live.is_started
+    screen.update(block)
+    assert screen._bar.live.is_started
+    screen.stop()
+
+
+def test_a_line_for_each_block_of_an_evaluation_and_for_the_logits() -> None:
+    stream = io.StringIO()
+    screen = PlainDisplay(stream)
+    screen.update(Progress(phase="evaluation", block=3, blocks=30, message="w4, block 3/30", eta_seconds=61.0))
+    for step in (0, 5, 10):
+        screen.update(Progress(phase="evaluation", block=0, blocks=0, step=step, steps=10, message="w4, logits"))
+    assert stream.getvalue() == "w4, block 3/30  1:01 left\nw4, logits\n"
