@@ -1,6 +1,7 @@
 """What a command takes, as data, and the reading of its words: flags are the fields of settings dataclasses."""
 
 import argparse
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType, NoneType, UnionType
@@ -13,6 +14,8 @@ from autoround.errors import UsageError
 from autoround.options import Option, Setting
 from autoround.options import spellings as spellings_of
 
+# Of sentences in the help, which terminals of 80 columns show without a break of their own.
+HELP_WIDTH = 79
 # Flags that are no setting of anything.
 SWITCHES: Mapping[str, str] = MappingProxyType(
     {
@@ -75,7 +78,7 @@ class Grammar:
         parser = _Parser(
             prog=self.program,
             usage=f"%(prog)s {self.usage}",
-            description=self.description,
+            description=textwrap.fill(self.description, HELP_WIDTH),
             epilog=self.epilog,
             argument_default=argparse.SUPPRESS,
             formatter_class=argparse.RawDescriptionHelpFormatter,

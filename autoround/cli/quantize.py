@@ -23,14 +23,15 @@ if TYPE_CHECKING:
     from autoround.cli.display import Display
 
 EPILOG = """\
-Every flag may be written with dashes: --group-size. A flag always wins over the recipe of the command:
-auto-round, auto-round-best, auto-round-light, auto-round-rtn or auto-round-opt-rtn.
+Every flag may be written with dashes: --group-size. A flag always wins over the
+recipe of the command: auto-round, auto-round-best, auto-round-light,
+auto-round-rtn or auto-round-opt-rtn.
 
 examples:
   auto-round Qwen/Qwen3-0.6B --scheme W4A16
-  auto-round-light ./model --bits 2 --group_size 64 --dataset notes.jsonl,python-docs:num=64
-  auto-round model.gguf --bits 4 --iters 0 --format "auto_round,auto_gptq" --output_dir out
-  auto-round export out.journal --format auto_awq,llm_compressor --output_dir more
+  auto-round-light ./model --bits 2 --group_size 64 --dataset notes.jsonl:num=64
+  auto-round model.gguf --bits 4 --iters 0 --format "auto_round,auto_gptq"
+  auto-round export autoround-output.journal --format auto_awq --output_dir more
 
 other commands, each with a --help of its own:
 """
