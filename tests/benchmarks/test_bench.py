@@ -100,3 +100,32 @@ def test_means_over_seeds_and_spreads() -> None:
     assert torch.equal(found["docs"].kl_D, torch.tensor([2.0, 2.0], dtype=torch.float64))
     assert page.spread([3.0, 1.0, 2.0], 1) == "2.0 (1.0–3.0)"
     assert page.spread([3.0]) == "3"
+
+
+def test_a_slope_is_the_time_of_steps_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def words(job: Job) -> list[str]:
+        return ["python3", "-c", f"import time; time.sleep({0.3 + (job.iters or 0) * 0.02})"]
+
+    def settings(self: Place, model: str, own: Path, **given: object) -> Job:
+        paths = {"source": own, "texts": own, "tokens": own, "output": own}
+        return Job(**paths, bits=4, group_size=64, sym=True, rows=1, seqlen=1, seed=0, iters=given["iters"])
+
+    monkeypatch.setattr(Place, "job", settings)
+    monkeypatch.setitem(peers.TOOLS, "autoround", Tool(version="fake", recipes={"default": words}))
+    cell = cells.Slope(topic="pace", model="any", bits=4, data=(1, 1), tool="autoround", seed=0, steps=(5, 105))
+    found = cell.measure(Place(folder=tmp_path))
+    assert found["step_seconds"] == pytest.approx(0.02, rel=0.5)
+    assert found["settings"]["compiled"]
+
+
+def test_page_of_steps_and_slopes(tmp_path: Path) -> None:
+    start = {"step": 0.1, "bound": 0.08, "fraction": 0.8, "square_rate": 400.0, "first": 5.0}
+    about = {"machine": "a machine", "commit": "abc", "day": "today"}
+    results = {f"step/w4g64/seed{seed}": {"cold": start | {"first": 30.0}, "warm": start, **about} for seed in (0, 1)}
+    results["step/w4g64/seed1"]["warm"] = start | {"fraction": 0.9}
+    for tool, seconds in (("autoround", 0.1), ("auto-round", 0.19)):
+        results[f"pace/smollm2-blocks-1/w4g64/32x256/{tool}/seed0"] = {"step_seconds": seconds, **about}
+    page.write(results, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "| w4g64 | 100.0 (100.0–100.0) | 80.0 (80.0–80.0) | 0.85 (0.80–0.90) | 400 (400–400) |" in text
+    assert "| `smollm2-blocks-1/w4g64/32x256` | 100.0 | 190.0 | 1.90 |" in text
