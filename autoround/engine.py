@@ -14,7 +14,7 @@ from autoround.backends.base import Numerics, select_all
 from autoround.coverage import is_token_count, token_stats
 from autoround.data.tokens import Calibration, load_calibration, needs_tokenizer
 from autoround.errors import AutoRoundError, UsageError
-from autoround.export import Target, origin, write_formats
+from autoround.export import Target, no_codes, origin, write_formats
 from autoround.families import split
 from autoround.formats.gguf.file import GgufFile
 from autoround.formats.gguf.plan import plan_file
@@ -213,7 +213,7 @@ class Run:
             plan = plan_file(file_type, shape, embedding(self.model.skeleton), self.model.config, shapes)
             for rule in format_rules:
                 check_format(plan, rule)
-            GgufFile(file_type=file_type, model=self.model, plan=plan, codes=_no_codes).metadata()  # the tokenizer fits
+            GgufFile(file_type=file_type, model=self.model, plan=plan, codes=no_codes).metadata()  # the tokenizer fits
             return plan
         return resolve(
             recipe.spec,
@@ -340,10 +340,6 @@ class Run:
             return captured.templates, Stream(captured.hidden_NTD, captured.hidden_NTD)
         kept = journal.read_activations(start - 1)
         return captured.templates, Stream(*(kept[name].to(home) for name in Stream._fields))
-
-
-def _no_codes(index: int) -> dict[str, func.Codes]:
-    raise IndexError(f"part {index}: found no codes yet")
 
 
 def _stats(losses_K: Tensor) -> dict[str, float]:

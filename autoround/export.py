@@ -96,7 +96,7 @@ def weight_files(model: OpenModel, plan: Plan, target: Target) -> dict[str, dict
     """
     found: dict[str, dict[str, int]] = {}
     for name in map(resolve_name, target.formats):
-        output = _output(name, model, plan, _no_codes, target)
+        output = _output(name, model, plan, no_codes, target)
         if isinstance(output, GgufFile):
             found[name] = output.weight_files()
         else:
@@ -114,7 +114,8 @@ def _output(name: str, model: OpenModel, plan: Plan, codes: BlockCodes, target: 
     return Contents(model=model, plan=plan, codes=codes, form=get_format(name).suited(plan), dtype=dtype)
 
 
-def _no_codes(index: int) -> dict[str, Any]:
+def no_codes(index: int) -> dict[str, Any]:
+    """The codes of a part while there are none."""
     raise IndexError(f"part {index}: found no codes yet")
 
 

@@ -19,7 +19,8 @@ HELP_WIDTH = 79
 # Flags that are no setting of anything.
 SWITCHES: Mapping[str, str] = MappingProxyType(
     {
-        "dry_run": "print what would be done to every layer, and stop",
+        "dry_run": "print the fate of every layer, memory, disk, time and sizes to the byte, and stop; as plan does",
+        "no_probe": "with --dry_run: time nothing",
         "quiet": "print no progress",
         "log_json": "print progress, warnings and errors as one JSON object a line",
         "debug": "print what is logged, and a traceback when something fails",

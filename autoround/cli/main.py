@@ -9,6 +9,7 @@ from autoround.cli import quantize as quantizing
 from autoround.cli import refused
 from autoround.cli.commands import FAILED, INTERRUPTED, SUBCOMMANDS, Unfinished, find
 from autoround.cli.json_lines import JsonLines
+from autoround.cli.plan import Foretell
 from autoround.cli.quantize import Quantize, program
 from autoround.errors import AutoRoundError, UsageError
 
@@ -52,13 +53,20 @@ def evaluate() -> int:
     return main(["eval", *sys.argv[1:]])
 
 
-def main(argv: Sequence[str] | None = None, preset: str = "default", *, quantize: Quantize | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    preset: str = "default",
+    *,
+    quantize: Quantize | None = None,
+    foretell: Foretell | None = None,
+) -> int:
     """Run a command.
 
     Args:
         argv: words after the command's name; the process's own when not given.
         preset: the recipe that the command stands for.
         quantize: the engine to use; the package's own when not given.
+        foretell: says what a dry run would need; the package's own when not given.
 
     Returns:
         The exit status: 0, 1 for a failure, 2 for wrong usage, 130 when interrupted.
@@ -68,7 +76,7 @@ def main(argv: Sequence[str] | None = None, preset: str = "default", *, quantize
     """
     words, name = list(sys.argv[1:] if argv is None else argv), program(preset)
     try:
-        result, unfinished = _result(words, preset, quantize)
+        result, unfinished = _result(words, preset, quantize, foretell)
         if result:
             print(result, flush=True)
     except BrokenPipeError:
@@ -86,15 +94,17 @@ def main(argv: Sequence[str] | None = None, preset: str = "default", *, quantize
     return _end(words, prefix, str(unfinished), unfinished.exit_status)
 
 
-def _result(words: list[str], preset: str, quantize: Quantize | None) -> tuple[str, Unfinished | None]:
+def _result(
+    words: list[str], preset: str, quantize: Quantize | None, foretell: Foretell | None
+) -> tuple[str, Unfinished | None]:
     """What stdout shows of the command that was called, and why that is not all."""
     try:
-        return _called(words, preset, quantize), None
+        return _called(words, preset, quantize, foretell), None
     except Unfinished as unfinished:
         return unfinished.shown, unfinished
 
 
-def _called(words: list[str], preset: str, quantize: Quantize | None) -> str:
+def _called(words: list[str], preset: str, quantize: Quantize | None, foretell: Foretell | None) -> str:
     first, rest = (words[0], words[1:]) if words else ("", [])
     if first in SUBCOMMANDS:
         module = find(first)
@@ -105,7 +115,9 @@ def _called(words: list[str], preset: str, quantize: Quantize | None) -> str:
         words = ["--help"]
     elif first == "quantize":
         words = rest
-    return quantizing.run(quantizing.parse(words, preset), quantize)
+    elif first == "plan":
+        words = [*rest, "--dry_run"]
+    return quantizing.run(quantizing.parse(words, preset), quantize, foretell)
 
 
 def _stopped(words: list[str]) -> str:

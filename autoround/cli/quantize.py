@@ -9,6 +9,7 @@ from autoround import config
 from autoround.cli import evaluate
 from autoround.cli.commands import SUBCOMMANDS
 from autoround.cli.grammar import SWITCHES, Grammar, word_or_flag
+from autoround.cli.plan import Foretell, foretold
 from autoround.cli.session import session
 from autoround.data.language import parse_specs
 from autoround.errors import UsageError
@@ -31,6 +32,7 @@ examples:
   auto-round Qwen/Qwen3-0.6B --scheme W4A16
   auto-round-light ./model --bits 2 --group_size 64 --dataset notes.jsonl:num=64
   auto-round model.gguf --bits 4 --iters 0 --format "auto_round,auto_gptq"
+  auto-round plan Qwen/Qwen3-0.6B --format auto_round,gguf:q4_k_m
   auto-round export autoround-output.journal --format auto_awq --output_dir more
 
 other commands, each with a --help of its own:
@@ -84,6 +86,7 @@ class Command:
     evaluation: Evaluation = Evaluation()  # noqa: RUF009
     notes: tuple[str, ...] = ()
     dry_run: bool = False
+    no_probe: bool = False
     quiet: bool = False
     log_json: bool = False
     debug: bool = False
@@ -161,12 +164,13 @@ def check(recipe: Recipe) -> None:
         parse_specs(recipe.dataset)
 
 
-def run(command: Command, quantize: Quantize | None = None) -> str:
+def run(command: Command, quantize: Quantize | None = None, foretell: Foretell | None = None) -> str:
     """Do it, with progress on stderr; the plan, or the folders written, one a line.
 
     Args:
         command: what to do.
         quantize: the engine to use; the package's own when not given.
+        foretell: says what a dry run would need; the package's own when not given.
 
     Raises:
         AutoRoundError: it cannot be done.
@@ -174,19 +178,17 @@ def run(command: Command, quantize: Quantize | None = None) -> str:
     """
     recipe, evaluation, quiet = command.recipe, command.evaluation, command.quiet
     check(recipe)
-    from autoround.cli.show import show_plan
 
     with session([name for name in SWITCHES if getattr(command, name)], recipe.model) as screen:
-        told = None if command.dry_run or quiet else screen.update
+        told = None if quiet else screen.update
         for note in command.notes:
             screen.note(note)
         if evaluation.wanted and not command.quantizes and evaluate.is_quantized(recipe):
             return evaluate.evaluate_model(recipe, evaluation, screen, quiet=quiet)
-        measured = evaluation.wanted and not command.dry_run
-        prepared = evaluate.prepare(evaluation, reference=True) if measured else None
-        runs = (quantize or _engine())(recipe.model, recipe, on_progress=told)
         if command.dry_run:
-            return "\n\n".join(show_plan(run.plan, _name(run, runs)) for run in runs)
+            return foretold(recipe, probe=not command.no_probe, json=command.log_json, foretell=foretell)
+        prepared = evaluate.prepare(evaluation, reference=True) if evaluation.wanted else None
+        runs = (quantize or _engine())(recipe.model, recipe, on_progress=told)
         folders = [folder for run in runs for folder in _finish(run, screen, quiet=quiet)]
         if prepared is None:
             return "\n".join(map(str, folders))
@@ -197,11 +199,6 @@ def _engine() -> Quantize:
     from autoround.engine import quantize_each
 
     return quantize_each
-
-
-def _name(run: Run, runs: Sequence[Run]) -> str:
-    """What a run is for, where a command has several."""
-    return ", ".join(run.recipe.format) if len(runs) > 1 else ""
 
 
 def _finish(run: Run, screen: "Display", *, quiet: bool) -> tuple[Path, ...]:

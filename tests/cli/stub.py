@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from autoround.forecast.types import BlockNeed, Forecast, Memory, Room, Seconds, Shortage
 from autoround.log import LOGGER
 from autoround.plan import BlockPlan, LayerPlan, LayerShape, Plan
 from autoround.progress import BlockDone, Progress
@@ -87,3 +88,23 @@ class StubEngine:
         if self.failure_at_once is not None:
             raise self.failure_at_once
         return [StubRun(recipe, on_progress, self.failure)]
+
+
+def foretell(recipe: Recipe, *, probe: bool = True) -> tuple[Forecast, ...]:
+    """Takes the place of ``autoround.forecast.foretell.foretell``: a run that does not fit."""
+    need = BlockNeed(paths=("layers.0", "layers.1"), host=300_000_000, device=0, codes=500_000)
+    flags = ("--batch_size 4", "--gradient_accumulate_steps 2")
+    return (
+        Forecast(
+            plan=plan(),
+            formats=recipe.format,
+            numerics="cpu, bfloat16, eager attention, uncompiled steps",
+            files={"auto_round": {"model.safetensors": 1_234_567}},
+            memory=Memory(process=400_000_000, activations=100_000_000, blocks=(need,), others=2_000_000,
+                          outside_codes=0, host=1_500_000_000, device=0),
+            disk=101_000_000,
+            seconds=Seconds(step=0.5, block=101, compiling=30, around=100, total=332) if probe else None,
+            room=Room(host=1_000_000_000, host_limit="its control group", device=0, disk=2_000_000_000),
+            shortages=(Shortage(what="memory", needed=1_500_000_000, free=1_000_000_000, flags=flags),),
+        ),
+    )  # fmt: skip

@@ -1,6 +1,7 @@
 """The commands, driven with an engine that computes nothing: output, messages and exit status."""
 
 import errno
+import json
 import logging
 import os
 import subprocess
@@ -16,7 +17,7 @@ from autoround.cli.quantize import program
 from autoround.errors import AutoRoundError, DataError, UsageError
 from autoround.log import LOGGER
 from autoround.recipe import Recipe
-from tests.cli.stub import StubEngine
+from tests.cli.stub import StubEngine, foretell
 
 CLOSED = """
 import sys
@@ -45,6 +46,21 @@ kept
 
 notes
   worth telling
+
+memory (cpu, bfloat16, eager attention, uncompiled steps)
+  peak                     1.5 GB
+  process                  400 MB
+  activations              100 MB
+  outside the blocks         2 MB
+  each of 2 blocks         300 MB  layers.0, …
+
+weight files, in bytes
+  auto_round             1,234,567  model.safetensors
+
+disk        101 MB at most, with the journal
+time        about 6 min (2 min a block, 0.5 s a step, 30 s compiling)
+fits        no: memory: needs 1.5 GB, has 1 GB (its control group)
+            use --batch_size 4 --gradient_accumulate_steps 2
 """
 
 
@@ -60,10 +76,21 @@ def test_a_quiet_run_prints_warnings_and_the_folders(capsys: pytest.CaptureFixtu
     assert capsys.readouterr() == ("out\n", "auto-round: warning: less text than asked\n")
 
 
-def test_a_dry_run_prints_the_plan_and_runs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    engine = StubEngine(failure=AssertionError("a dry run does not iterate"))
-    assert main(["m", "--dry-run"], quantize=engine) == 0
+@pytest.mark.parametrize("words", [["m", "--dry-run"], ["plan", "m"]])
+def test_a_dry_run_prints_the_plan_and_runs_nothing(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    engine = StubEngine(failure_at_once=AssertionError("a dry run opens nothing"))
+    assert main(words, quantize=engine, foretell=foretell) == 0
     assert capsys.readouterr() == (DRY, "")
+    assert engine.asked == []
+
+
+def test_a_plan_for_machines_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "m", "--log_json", "--no_probe"], foretell=foretell) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["event"], told["fits"], told["seconds"]) == ("plan", False, None)
+    assert told["files"] == {"auto_round": {"model.safetensors": 1234567}}
+    assert told["layers"]["layers.0.up"] == "W4A16G128"
+    assert told["layers"]["lm_head"] == "outside the blocks"
 
 
 def test_debug_prints_what_is_logged_and_leaves_the_logger_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,78 @@
+"""Counting the bytes of tensors while code runs on tensors without data."""
+
+import weakref
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakIdKeyDictionary
+
+_aten = torch.ops.aten
+
+
+class ByteCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all tensors that live, by kind of device; to be entered within a ``FakeTensorMode``.
+
+    Questions that need data are answered so that work goes on: truths are true, numbers 0, and of a choice by a mask
+    everything is taken.
+
+    Attributes:
+        live, peak: bytes by kind of device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live: dict[str, int] = defaultdict(int)
+        self.peak: dict[str, int] = defaultdict(int)
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is _aten._local_scalar_dense.default:
+            return _answer(args[0].dtype)
+        if func is _aten.index.Tensor and (chosen := _masked(*args)) is not None:
+            found = chosen
+        else:
+            found = func(*args, **(kwargs or {}))
+        for each in tree_iter(found):
+            if isinstance(each, Tensor):
+                self._note(each)
+        return found
+
+    def _note(self, tensor: Tensor) -> None:
+        storage, device = tensor.untyped_storage(), tensor.device.type
+        if storage in self._known or device == "meta":
+            return
+        self._known[storage] = True
+        size = storage.nbytes()
+        self.live[device] += size
+        self.peak[device] = max(self.peak[device], self.live[device])
+        weakref.finalize(storage, self._free, device, size)
+
+    def _free(self, device: str, size: int) -> None:
+        self.live[device] -= size
+
+
+def without_data() -> FakeTensorMode:
+    """The mode in which tensors have shapes alone."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _answer(dtype: torch.dtype) -> bool | int | float:
+    if dtype == torch.bool:
+        return True
+    return 0.0 if dtype.is_floating_point else 0
+
+
+def _masked(tensor: Tensor, indices: Sequence[Tensor | None]) -> Tensor | None:
+    """As much as a boolean mask may choose; None where there is none."""
+    mask = indices[0] if len(indices) == 1 else None
+    if mask is None or mask.dtype != torch.bool:
+        return None
+    return tensor.new_empty(mask.numel(), *tensor.shape[mask.ndim :])

@@ -1,0 +1,169 @@
+"""How much memory a run takes: its own tuner runs on tensors without data, and their bytes are counted.
+
+Legend: N samples, T tokens, D hidden size.
+"""
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_iter
+
+from autoround.forecast.blank import BlankRun, mapped
+from autoround.forecast.count import ByteCount, without_data
+from autoround.forecast.types import BlockNeed, Memory
+from autoround.func import Codes
+from autoround.model.finish import read_weight
+from autoround.model.read import read_block
+from autoround.recipe import Recipe
+from autoround.tuner import BlockTuner, Inputs, Stream
+
+# Resident memory for each byte of tensors that live at the worst moment: glibc keeps what is freed between them.
+# Measured with benchmarks/plan_accuracy.py.
+CPU_KEPT = 1.75
+# The same for an accelerator's caching allocator, and its context; not measured.
+DEVICE_KEPT, DEVICE_CONTEXT = 1.1, 500_000_000
+# What reading text adds to a process: libraries for data sets, tokenizer, text. Measured.
+DATA_BYTES = 45_000_000
+# What compiling a step and a search adds to a process. Measured.
+COMPILER_BYTES = 200_000_000
+# Copies of all rows that live at the end of a block: what flowed in and what flows out, float and quantized.
+_FLOWS = 4
+# Steps in which every kind of tensor that a step makes has been there.
+_STEPS = 2
+
+
+def memory_of(blank: BlankRun, process: int) -> Memory:
+    """Count what a run will hold.
+
+    Args:
+        blank: the run.
+        process: bytes of a process that has opened the model.
+
+    Raises:
+        AutoRoundError: whatever the tuner refuses by shapes alone.
+    """
+    run = blank.run
+    blocks = tuple(_block_needs(blank))
+    activations = _FLOWS * _rows(blank).nbytes if blank.templates else 0
+    on_device = run.device.type != "cpu"
+    others, outside_codes = _others(blank)
+    host = process + (DATA_BYTES if blank.templates else 0)
+    host += COMPILER_BYTES if run.numerics.compiler else 0
+    host += round(CPU_KEPT * max([others, *(need.host for need in blocks)]))
+    device = DEVICE_CONTEXT + round(DEVICE_KEPT * max((need.device for need in blocks), default=0))
+    return Memory(process=process, activations=activations, blocks=blocks, others=others, outside_codes=outside_codes,
+                  host=host, device=device if on_device else 0)  # fmt: skip
+
+
+def code_bytes(codes: Mapping[str, Codes]) -> int:
+    """Bytes of codes in a journal."""
+    return sum(tensor.nbytes for tensor in tree_iter(dict(codes)) if isinstance(tensor, Tensor))
+
+
+def _rows(blank: BlankRun) -> Tensor:
+    """All rows that flow into a block, without data."""
+    recipe = blank.run.recipe
+    return torch.empty(recipe.nsamples, *blank.hidden, dtype=blank.run.numerics.torch_dtype, device="meta")
+
+
+def _block_needs(blank: BlankRun) -> Iterator[BlockNeed]:
+    """What each kind of block needs: blocks of equal signature, specs and tensors are of one kind."""
+    kinds: dict[Any, list[int]] = {}
+    for index, block in enumerate(blank.run.plan.blocks):
+        shapes = tuple((layer.shape.out_features, layer.shape.in_features) for layer in block.layers)
+        kinds.setdefault((blank.block_fn(index).signature, tuple(block.specs.items()), shapes), []).append(index)
+    for members in kinds.values():
+        host, device, codes = _tuned(blank, members[0])
+        paths = tuple(blank.run.plan.blocks[index].path for index in members)
+        yield BlockNeed(paths=paths, host=host, device=device, codes=codes)
+
+
+def _tuned(blank: BlankRun, index: int) -> tuple[int, int, int]:
+    """Tune a block without data: bytes at the worst moment on the host and on the device, and those of its codes.
+
+    A few batches of rows show every kind of tensor; the other rows are added as often as they lie in memory: three
+    times up to the last step, and once more when the quantized block's outputs are there.
+    """
+    run, block, home = blank.run, blank.run.plan.blocks[index], _home(blank)
+    some = dataclasses.replace(run.recipe, nsamples=min(run.recipe.nsamples, 2 * _step_rows(run.recipe)))
+    row = math.prod(blank.hidden) * run.numerics.torch_dtype.itemsize if blank.templates else 0
+    missing = (run.recipe.nsamples - some.nsamples) * row
+    peaks: dict[str, int] = defaultdict(int)
+
+    def mark(copies: int) -> None:
+        for kind, size in count.peak.items():
+            peaks[kind] = max(peaks[kind], size + (copies * missing if kind == home.type else 0))
+        count.peak.clear()
+
+    with without_data(), ByteCount() as count:
+        stored = read_block(blank.model, block.path)
+        tensors = {name: _empty(tensor, run.device) for name, tensor in stored.items()}
+        tuner = _tuner(blank, on_step=lambda done, loss: mark(_FLOWS - 1))
+        tuned = tuner.tune(index, blank.block_fn(index), tensors, block.specs, _inputs(blank, index, some.nsamples))
+        mark(_FLOWS)
+        codes = code_bytes(tuned.codes)
+        del tuned
+    on_device = 0 if run.device.type == "cpu" else peaks[run.device.type]
+    return peaks["cpu"], on_device, codes
+
+
+def _step_rows(recipe: Recipe) -> int:
+    return recipe.batch_size * recipe.gradient_accumulate_steps
+
+
+def _home(blank: BlankRun) -> torch.device:
+    """Where rows live."""
+    return torch.device("cpu") if blank.run.recipe.low_gpu_mem_usage else blank.run.device
+
+
+def _inputs(blank: BlankRun, index: int, rows: int) -> Inputs | None:
+    """What flows into a block."""
+    if not blank.templates:
+        return None
+    home, dtype = _home(blank), blank.run.numerics.torch_dtype
+    stream = Stream(*(torch.empty(rows, *blank.hidden, dtype=dtype, device=home) for _ in Stream._fields))
+    valid_NT = torch.empty(rows, blank.run.recipe.seqlen, dtype=torch.bool, device=home)
+    template = mapped(blank.templates[index], lambda tensor: _empty(tensor, home))
+    return Inputs(template, stream, valid_NT)
+
+
+def _tuner(
+    blank: BlankRun, *, on_step: Callable[[int, Callable[[], float]], None] = lambda done, loss: None
+) -> BlockTuner:
+    """The run's tuner, but for the search, which works on slices of bounded size, and most of the steps."""
+    run = blank.run
+    recipe = dataclasses.replace(run.recipe, iters=min(run.recipe.iters, _STEPS), clip_search=False)
+    numerics = dataclasses.replace(run.numerics, compiler=None)
+    return BlockTuner(recipe, numerics, [run.device], on_step=on_step)
+
+
+def _others(blank: BlankRun) -> tuple[int, int]:
+    """Bytes at the worst moment outside the blocks, and those of the codes that are made there."""
+    run, source = blank.run, blank.model.source
+    dtype, rows = run.numerics.torch_dtype, _rows(blank).nbytes if blank.templates else 0
+    sizes = [math.prod(source.shape(name)) * source.dtype(name).itemsize for name in source.names()]
+    read = 0
+    for name in blank.outside:  # as stored, mapped, and once more where it is cast
+        cast = dtype.itemsize if source.dtype(name) != dtype else 0
+        read += math.prod(source.shape(name)) * (source.dtype(name).itemsize + cast)
+    last = run.plan.parts[len(run.plan.blocks) :]
+    ends = [_single(blank, path) for part in last for path in part.specs]
+    return max([read + rows, *(2 * rows + peak for peak, _ in ends), *sizes]), sum(codes for _, codes in ends)
+
+
+def _single(blank: BlankRun, path: str) -> tuple[int, int]:
+    """Bytes at the worst moment while a layer outside the blocks is quantized, and those of its codes."""
+    run = blank.run
+    with without_data(), ByteCount() as count:
+        weight_OI = _empty(read_weight(blank.model, path), run.device)
+        codes = code_bytes({path: _tuner(blank).quantize_layer(path, weight_OI, run.plan.specs[path])})
+    return count.peak[run.device.type], codes
+
+
+def _empty(tensor: Tensor, device: torch.device) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
