@@ -252,7 +252,7 @@ class Run:
         settings = dataclasses.asdict(self.recipe)
         manifest = {
             "recipe": {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
-            | {"clip_search": self.recipe.searches_clips},
+            | {"clip_search": self.recipe.searches_clips, "compensate": self.recipe.compensates},
             "origin": self._origin,
             "spec": dataclasses.asdict(self.plan.spec),
             "plan": {path: dataclasses.asdict(spec) for path, spec in self.plan.specs.items()},

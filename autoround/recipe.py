@@ -77,6 +77,10 @@ class Recipe:
         None, "start the clips from an activation-weighted search; when unset, on unless iters is 0, and on for GGUF",
         "tuning",
         off_flags=("no_clip_search",))
+    compensate: bool | None = option(
+        None, "round column after column, later ones making up for what earlier ones lost (GPTQ); when unset, on where "
+        "clips are searched and iters is 0", "tuning",
+        off_flags=("no_compensate",))
     keep: Literal["last", "best"] = option(
         "last", "parameters to keep: the last ones, or those of the best minibatch", "tuning",
         choices=("last", "best"))
@@ -127,9 +131,14 @@ class Recipe:
         return self.iters > 0 or any(str(name).lower().startswith("gguf:") for name in self.format)
 
     @property
+    def compensates(self) -> bool:
+        """Whether columns make up for each other's rounding errors before the first step."""
+        return self.iters == 0 and self.searches_clips if self.compensate is None else self.compensate
+
+    @property
     def needs_data(self) -> bool:
         """Whether anything is learned from calibration text."""
-        return self.iters > 0 or self.searches_clips
+        return self.iters > 0 or self.searches_clips or self.compensates
 
     def learning_rate(self, bits: int) -> float:
         """Of the offsets: ``lr``, or 1/iters, doubled for long runs at 2 and 3 bits."""

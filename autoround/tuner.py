@@ -118,12 +118,13 @@ class BlockTuner:
         target_NTD = self._forward(block_fn, float_tensors, inputs.template, inputs.stream.float_NTD)
         fusion = func.fuse(weights.tuned, specs)
         observed = self._observe(block_fn, float_tensors, specs, inputs)
-        params = fusion.merge(self._start(weights, observed.moments, specs))
-        weights = weights._replace(tuned=fusion.merge(weights.tuned))
-        del float_tensors
+        start = self._start(weights, observed.moments, specs)
+        tuned = func.compensate(weights.tuned, start, observed.hessians, specs)
+        weights, params = weights._replace(tuned=fusion.merge(tuned)), fusion.merge(start)
+        del float_tensors, tuned, start
         result = self._take_steps(block_fn, fusion, weights, params, partial(self._batches, index, inputs, target_NTD))
-        tuned = _restored(fusion.split(result.params), fusion.split(params), observed.tokens)
-        codes = _quantize(fusion.split(weights.tuned), tuned, specs)
+        found = _restored(fusion.split(result.params), fusion.split(params), observed.tokens)
+        codes = _quantize(fusion.split(weights.tuned), found, specs)
         rounded = {f"{path}.weight": func.dequantize(own, specs[path]).to(self._dtype) for path, own in codes.items()}
         quantized = {**weights.frozen, **rounded}
         quantized_NTD = self._forward(block_fn, quantized, inputs.template, inputs.stream.quantized_NTD)
@@ -181,13 +182,14 @@ class BlockTuner:
     ) -> init.Observed:
         """What the block's layers are given, as far as anybody asks."""
         stacked = any(f"{path}.weight" in block_fn.stacks for path in specs)
-        if not self._recipe.searches_clips and not stacked:
-            return init.Observed({}, {})
+        if not self._recipe.searches_clips and not self._recipe.compensates and not stacked:
+            return init.Observed({}, {}, {})
         x_NTD, valid_NT = inputs.stream.quantized_NTD, inputs.valid_NT
-        rows = torch.arange(len(x_NTD) if stacked else min(len(x_NTD), MOMENT_ROWS)).split(self._recipe.batch_size)
+        count = len(x_NTD) if stacked or self._recipe.compensates else min(len(x_NTD), MOMENT_ROWS)
+        rows = torch.arange(count).split(self._recipe.batch_size)
         home = self._devices[0]
         calls = ((self._call(inputs.template, x_NTD, rows_B, home), valid_NT[rows_B].to(home)) for rows_B in rows)
-        return init.observe_inputs(block_fn, tensors, calls, specs)
+        return init.observe_inputs(block_fn, tensors, calls, specs, hessians=self._recipe.compensates)
 
     def _start(
         self, weights: func.BlockWeights, moments: Mapping[str, Tensor], specs: Mapping[str, func.WeightSpec]

@@ -35,10 +35,13 @@ class Observed(NamedTuple):
         moments: layer path -> float32 (I,), mean square of every input channel over valid tokens; of a stack of experts
             (E, I), over the tokens that each expert took.
         tokens: module of experts -> int64 (E,), tokens that each took.
+        hessians: layer path -> float32 (I, I), mean outer product of the inputs of a layer; one tensor for all layers
+            that are given the same inputs. Empty unless asked for.
     """
 
     moments: dict[str, Tensor]
     tokens: dict[str, Tensor]
+    hessians: dict[str, Tensor]
 
 
 def second_moments(
@@ -65,9 +68,14 @@ def second_moments(
 
 
 def observe_inputs(
-    block_fn: BlockFn, tensors: Mapping[str, Tensor], inputs: Iterable[tuple[Call, Tensor]], paths: Iterable[str]
+    block_fn: BlockFn,
+    tensors: Mapping[str, Tensor],
+    inputs: Iterable[tuple[Call, Tensor]],
+    paths: Iterable[str],
+    *,
+    hessians: bool = False,
 ) -> Observed:
-    """``second_moments``, and how many tokens each expert took.
+    """``second_moments``, how many tokens each expert took, and if asked the Hessians of layers that are no stacks.
 
     >>> from autoround.func.block import make_block_fn
     >>> block = torch.nn.Sequential(torch.nn.Linear(2, 2))
@@ -75,18 +83,10 @@ def observe_inputs(
     >>> observe_inputs(make_block_fn(block), block.state_dict(), [(Call((x,), {}), valid)], ["0"]).tokens
     {}
     """
-    sums: dict[str, Tensor] = {}
+    linears = _Linears(hessians)
     routed: dict[str, Routed] = {}
     count, paths = 0, tuple(paths)
     stacks = by_module(tuple(path for path in paths if f"{path}.weight" in block_fn.stacks))
-
-    def observe_linear(path: str, valid_BT: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        del module  # the hook's signature
-        square_MI, valid_M = args[0].float().square().flatten(0, -2), valid_BT.flatten()
-        if len(square_MI) % len(valid_M) == 0:  # else its inputs are no tokens, and all of them count
-            square_MI = square_MI * valid_M.repeat_interleave(len(square_MI) // len(valid_M)).unsqueeze(-1)
-        x_I = square_MI.sum(0)
-        sums[path] = sums[path] + x_I if path in sums else x_I
 
     def observe_experts(
         path: str, valid_BT: Tensor, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
@@ -100,16 +100,56 @@ def observe_inputs(
         with ExitStack() as hooks, torch.no_grad():
             for path in paths:
                 if f"{path}.weight" not in block_fn.stacks:
-                    module, hook = block_fn.skeleton.get_submodule(path), partial(observe_linear, path, valid_BT)
+                    module, hook = block_fn.skeleton.get_submodule(path), partial(linears.observe, path, valid_BT)
                     hooks.callback(module.register_forward_pre_hook(hook).remove)
             for path in stacks:
                 module, own = block_fn.skeleton.get_submodule(path), partial(observe_experts, path, valid_BT)
                 hooks.callback(module.register_forward_pre_hook(own, with_kwargs=True).remove)
             block_fn(tensors, call)
-    moments = {path: total / max(count, 1) for path, total in sums.items()}
+        linears.inputs.clear()
+    moments = linears.moments(max(count, 1))
     for path, seen in routed.items():
         moments |= {f"{path}.{name}": own for name, own in seen.moments(count).items() if name in stacks[path]}
-    return Observed(moments, {path: seen.tokens_E for path, seen in routed.items()})
+    tokens = {path: seen.tokens_E for path, seen in routed.items()}
+    return Observed(moments, tokens, linears.hessians(max(count, 1)))
+
+
+class _Linears:
+    """Sums over the inputs of linear layers."""
+
+    def __init__(self, outer: bool) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.inputs: dict[
+            int, tuple[str, Tensor]
+        ] = {}  # of the call that is running: id -> first layer, and the tensor
+        self._outer: dict[str, Tensor] | None = {} if outer else None
+        self._first: dict[str, str] = {}
+
+    def observe(self, path: str, valid_BT: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        del module  # the hook's signature
+        first, _ = self.inputs.setdefault(id(args[0]), (path, args[0]))
+        if self._first.setdefault(path, first) != path:
+            return
+        x_MI, valid_M = args[0].flatten(0, -2).float(), valid_BT.flatten()
+        if len(x_MI) % len(valid_M) == 0:  # else its inputs are no tokens, and all of them count
+            x_MI = x_MI * valid_M.repeat_interleave(len(x_MI) // len(valid_M)).unsqueeze(-1)
+        _add(self.sums, path, x_MI.square().sum(0))
+        if self._outer is not None:
+            _add(self._outer, path, x_MI.T @ x_MI)
+
+    def moments(self, count: int) -> dict[str, Tensor]:
+        """Per layer, over so many tokens."""
+        means = {path: total / count for path, total in self.sums.items()}
+        return {path: means[first] for path, first in self._first.items()}
+
+    def hessians(self, count: int) -> dict[str, Tensor]:
+        """Per layer, over so many tokens; nothing if they were not asked for."""
+        means = {path: total / count for path, total in (self._outer or {}).items()}
+        return {path: means[first] for path, first in self._first.items() if first in means}
+
+
+def _add(sums: dict[str, Tensor], key: str, term: Tensor) -> None:
+    sums[key] = sums[key].add_(term) if key in sums else term
 
 
 def search_params(

@@ -27,11 +27,11 @@ DEFAULTS: dict[str, Any] = {"iters": 200, "nsamples": 128, "seqlen": 2048, "batc
 @pytest.mark.parametrize(
     ("preset", "settings"),
     [
-        ("default", {"searches_clips": True}),
-        ("best", {"iters": 1000, "nsamples": 512, "searches_clips": True}),
-        ("light", {"iters": 50, "lr": 5e-3, "searches_clips": True}),
-        ("rtn", {"iters": 0, "searches_clips": False}),
-        ("opt_rtn", {"iters": 0, "searches_clips": True}),
+        ("default", {"searches_clips": True, "compensates": False}),
+        ("best", {"iters": 1000, "nsamples": 512, "searches_clips": True, "compensates": False}),
+        ("light", {"iters": 50, "lr": 5e-3, "searches_clips": True, "compensates": False}),
+        ("rtn", {"iters": 0, "searches_clips": False, "compensates": False}),
+        ("opt_rtn", {"iters": 0, "searches_clips": True, "compensates": True}),
     ],
 )
 def test_presets(preset: str, settings: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ def test_there_are_five_presets() -> None:
 
 GIVEN = st.fixed_dictionaries({}, optional={
     "iters": st.integers(0, 2000), "nsamples": st.integers(1, 600), "lr": st.floats(1e-6, 1.0), "seed": st.integers(),
-    "clip_search": st.booleans(), "keep": st.sampled_from(["last", "best"]), "bits": st.sampled_from([2, 3, 4, 8]),
+    "clip_search": st.booleans(), "compensate": st.booleans(), "keep": st.sampled_from(["last", "best"]), "bits": st.sampled_from([2, 3, 4, 8]),
 })  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def test_what_the_user_gives_wins_and_presets_fill_the_rest(preset: str, setting
     filled = {name: value for name, value in PRESETS[preset].items() if name not in settings}
     assert {name: getattr(recipe, name) for name in filled} == filled
     assert recipe == Recipe(**PRESETS[preset] | settings)
-    assert recipe.needs_data == (recipe.iters > 0 or recipe.searches_clips)
+    assert recipe.needs_data == (recipe.iters > 0 or recipe.searches_clips or recipe.compensates)
 
 
 def test_single_settings_lie_over_the_scheme() -> None:

@@ -1,0 +1,89 @@
+"""Error-compensated rounding: what a column loses when it is rounded is made up for by the columns still to come.
+
+This is GPTQ (arXiv 2210.17323, section 3) with the scales found beforehand and columns in descending order of their
+mean square, on any grid. The result is a weight, not codes: rounding it to nearest gives the codes, and tuning can go
+on from it.
+
+Legend: O output features, I input features, G groups in a row, S columns in a group, L columns of a lump.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from autoround.func.rounding import grid_of
+from autoround.func.types import Params, Prepared
+from autoround.spec import WeightSpec
+
+# Added to the Hessian's diagonal, relative to its mean.
+DAMPING = 0.01
+# Columns that are rounded one after another before the rest is updated by one product.
+LUMP = 128
+
+
+def compensate(
+    tuned: Mapping[str, Prepared], params: Params, hessians: Mapping[str, Tensor], specs: Mapping[str, WeightSpec]
+) -> dict[str, Prepared]:
+    """Move every weight whose Hessian is known so that rounding to nearest keeps the layer's output.
+
+    Args:
+        tuned: layer path -> weight.
+        params: their clips, which decide the scales; offsets do not count.
+        hessians: layer path -> float32 (I, I), mean outer product of its inputs; layers that are given the same tensor
+            are computed together.
+        specs: layer path -> how its weight is stored.
+
+    >>> from autoround.func.rounding import fake_quantize, nearest, prepare
+    >>> from autoround.spec import QuantSpec
+    >>> spec, weight_OI = QuantSpec(bits=2, group_size=4), torch.tensor([[-2.0, 0.4, 0.4, 0.4]])
+    >>> prepared, hessian_II = prepare(weight_OI, spec), torch.ones(4, 4) + torch.eye(4)
+    >>> moved = compensate({"up": prepared}, {"up": nearest(prepared)}, {"up": hessian_II}, {"up": spec})
+    >>> [fake_quantize(each, nearest(prepared), spec).sum().item() for each in (prepared, moved["up"])]
+    [-2.0, -1.0]
+    """
+    together: dict[tuple[int, WeightSpec], list[str]] = {}
+    for path in tuned:
+        if path in hessians:
+            together.setdefault((id(hessians[path]), specs[path]), []).append(path)
+    moved = dict(tuned)
+    for (_, spec), paths in together.items():
+        grids = [grid_of(spec).scales(tuned[path], params[path], spec) for path in paths]
+        scale_OG, shift_OG = (torch.cat(parts) for parts in zip(*grids, strict=True))
+        weight_OGS = torch.cat([tuned[path].weight_OGS for path in paths])
+        own_OGS = _compensated(weight_OGS, scale_OG, shift_OG, hessians[paths[0]], spec)
+        parts = torch.split(own_OGS, [len(tuned[path].weight_OGS) for path in paths])
+        moved |= {path: tuned[path]._replace(weight_OGS=part) for path, part in zip(paths, parts, strict=True)}
+    return moved
+
+
+def _compensated(
+    weight_OGS: Tensor, scale_OG: Tensor, shift_OG: Tensor, hessian_II: Tensor, spec: WeightSpec
+) -> Tensor:
+    """Each column as it was when its turn to be rounded came."""
+    grid, size = grid_of(spec), weight_OGS.shape[-1]
+    order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
+    factor_II = _inverse_factor(hessian_II[order_I][:, order_I])
+    weight_IO = rearrange(weight_OGS, "o g s -> (g s) o")[order_I]
+    scale_IO, shift_IO = (each.T[order_I // size] for each in (scale_OG, shift_OG))
+    for start in range(0, len(weight_IO), LUMP):
+        lump_LO, factor_LI = weight_IO[start : start + LUMP], factor_II[start : start + LUMP]
+        error_LO = torch.empty_like(lump_LO)
+        for row in range(len(lump_LO)):
+            own = scale_IO[start + row, :, None], shift_IO[start + row, :, None]
+            q_O11 = grid.round_codes(lump_LO[row, :, None, None], 0.0, *own, spec)
+            lost_O = lump_LO[row] - grid.values(q_O11, *own, spec).flatten()
+            error_LO[row] = lost_O / factor_LI[row, start + row]
+            lump_LO[row + 1 :].addr_(factor_LI[row, start + row + 1 : start + len(lump_LO)], error_LO[row], alpha=-1)
+        weight_IO[start + LUMP :].addmm_(factor_LI[:, start + LUMP :].T, error_LO, alpha=-1)
+    back_I = order_I.argsort()
+    return rearrange(weight_IO[back_I], "(g s) o -> o g s", s=size).contiguous()
+
+
+def _inverse_factor(hessian_II: Tensor) -> Tensor:
+    """Upper Cholesky factor of the damped inverse; channels that are never used count as used a little."""
+    damped_II, mean = hessian_II.double(), float(hessian_II.diagonal().mean())
+    damped_II.diagonal().add_(DAMPING * mean if mean else 1.0)
+    factor_II: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped_II)), upper=True)
+    return factor_II.float()
