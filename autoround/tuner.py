@@ -35,7 +35,7 @@ class Stream(NamedTuple):
     """What flows from block to block.
 
     Attributes:
-        float_NTD: outputs of the float blocks.
+        float_NTD: outputs of the float blocks; empty where no steps need targets.
         quantized_NTD: outputs of the quantized blocks.
     """
 
@@ -115,7 +115,9 @@ class BlockTuner:
         if inputs is None:
             return Tuned(_quantize(weights.tuned, func.init_params(weights.tuned), specs), torch.zeros(0), None)
         float_tensors = _cast(tensors, self._dtype)
-        target_NTD = self._forward(block_fn, float_tensors, inputs.template, inputs.stream.float_NTD)
+        target_NTD = torch.empty(0)
+        if self._recipe.iters:
+            target_NTD = self._forward(block_fn, float_tensors, inputs.template, inputs.stream.float_NTD)
         fusion = func.fuse(weights.tuned, specs)
         observed = self._observe(block_fn, float_tensors, specs, inputs)
         start = self._start(weights, observed.moments, specs)
@@ -182,12 +184,10 @@ class BlockTuner:
     ) -> init.Observed:
         """What the block's layers are given, as far as anybody asks."""
         stacked = any(f"{path}.weight" in block_fn.stacks for path in specs)
-        if not self._recipe.searches_clips and not self._recipe.compensates and not stacked:
+        x_NTD, valid_NT, home = inputs.stream.quantized_NTD, inputs.valid_NT, self._devices[0]
+        rows = torch.arange(observed_rows(self._recipe, len(x_NTD), stacked=stacked)).split(self._recipe.batch_size)
+        if not len(rows[0]):
             return init.Observed({}, {}, {})
-        x_NTD, valid_NT = inputs.stream.quantized_NTD, inputs.valid_NT
-        count = len(x_NTD) if stacked or self._recipe.compensates else min(len(x_NTD), MOMENT_ROWS)
-        rows = torch.arange(count).split(self._recipe.batch_size)
-        home = self._devices[0]
         calls = ((self._call(inputs.template, x_NTD, rows_B, home), valid_NT[rows_B].to(home)) for rows_B in rows)
         return init.observe_inputs(block_fn, tensors, calls, specs, hessians=self._recipe.compensates)
 
@@ -221,18 +221,18 @@ class BlockTuner:
         state = func.init_state(params, optimizer, keep_best=self._recipe.keep == "best")
         key = (block_fn.signature, *specs.items(), *fusion.members.items())
         places = self._places()
-
-        def on_step(done: int, loss: Tensor) -> None:
-            self._on_step(done, loss.item)
-
+        own: Any = weights
+        rows: Iterator[Any] = batches(places)
         if len(places) == 1:
             step = self._once(("step", *key), partial(func.make_step, fused_fn, specs, optimizer, dtype=self._dtype))
-            return func.tune_block(step, weights, state, (batch for (batch,) in batches(places)), on_step=on_step)
-        make = partial(func.make_gradient, fused_fn, specs, dtype=self._dtype)
-        gradients = [self._once(("gradient", device, *key), make) for device in places]
-        update = self._once(("update", *key), partial(func.make_update, optimizer, specs))
-        step, replicas = func.accumulate(gradients, update), _replicas(weights, places)
-        return func.tune_block(step, [replicas[device] for device in places], state, batches(places), on_step=on_step)
+            rows = (batch for (batch,) in rows)
+        else:
+            make = partial(func.make_gradient, fused_fn, specs, dtype=self._dtype)
+            gradients = [self._once(("gradient", device, *key), make) for device in places]
+            update = self._once(("update", *key), partial(func.make_update, optimizer, specs))
+            step, replicas = func.accumulate(gradients, update), _replicas(weights, places)
+            own = [replicas[device] for device in places]
+        return func.tune_block(step, own, state, rows, on_step=lambda done, loss: self._on_step(done, loss.item))
 
     def _places(self) -> list[torch.device]:
         """The device of each micro-batch of a step: neighbours share one."""
@@ -256,8 +256,20 @@ class BlockTuner:
             return func.Batch(call, target_NTD[rows_B].to(device), inputs.valid_NT[rows_B].to(device))
 
         size = recipe.batch_size * recipe.gradient_accumulate_steps
-        for rows in batch_rows(recipe.seed, index, len(target_NTD), size, recipe.iters):
+        for rows in batch_rows(recipe.seed, index, len(inputs.valid_NT), size, recipe.iters):
             yield [batch(*part) for part in zip(rows.tensor_split(len(places)), places, strict=True)]
+
+
+def observed_rows(recipe: Recipe, rows: int, *, stacked: bool) -> int:
+    """How many rows a block is run on to see what its layers are given.
+
+    Args:
+        rows: how many there are.
+        stacked: whether the block holds a mixture of experts.
+    """
+    if stacked or recipe.compensates:
+        return rows
+    return min(rows, MOMENT_ROWS) if recipe.searches_clips else 0
 
 
 def make_optimizer(recipe: Recipe, bits: int) -> func.Transform:

@@ -23,13 +23,13 @@ from autoround.recipe import Recipe
 from autoround.tuner import BlockTuner, Inputs, Stream
 
 # Resident memory for each byte of tensors that live at the worst moment: glibc keeps what is freed between them.
-# Measured with benchmarks/plan_accuracy.py.
+# Chosen from the peaks of three small dense models; benchmarks/plan_accuracy.py compares.
 CPU_KEPT = 1.75
 # The same for an accelerator's caching allocator, and its context; not measured.
 DEVICE_KEPT, DEVICE_CONTEXT = 1.1, 500_000_000
-# What reading text adds to a process: libraries for data sets, tokenizer, text. Measured.
+# What reading text adds to a process: libraries for data sets, tokenizer, text: an estimate.
 DATA_BYTES = 45_000_000
-# What compiling a step and a search adds to a process. Measured.
+# What compiling a step and a search adds to a process: an estimate.
 COMPILER_BYTES = 200_000_000
 # Copies of all rows that live at the end of a block: what flowed in and what flows out, float and quantized.
 _FLOWS = 4

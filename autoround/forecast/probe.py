@@ -18,7 +18,7 @@ from autoround.func import init
 from autoround.model.read import read_block
 from autoround.plan import BlockPlan
 from autoround.spec import GgufSpec, QuantSpec
-from autoround.tuner import MOMENT_ROWS, make_optimizer
+from autoround.tuner import make_optimizer, observed_rows
 
 # A call is timed until this many seconds have passed, and at least once after one that is not counted.
 _SECONDS = 0.4
@@ -29,7 +29,7 @@ _WEIGHTS = 2**18
 # On a CPU: time of a compiled step and search for that of an uncompiled one, and seconds that compiling takes, as
 # measured by benchmarks/step.py and benchmarks/vs_auto_round.py on two cores.
 COMPILED_STEP, COMPILED_SEARCH, COMPILING = 0.75, 0.3, 30.0
-# Bytes a second of reading, hashing, packing, writing and reading back; from benchmarks/packing.py on two cores.
+# Bytes a second of reading, hashing, packing, writing and reading back: an estimate.
 _BYTES_A_SECOND = 1.5e8
 _START = 3.0
 
@@ -57,7 +57,7 @@ def seconds_of(blank: BlankRun, written: int) -> Seconds:
     if learns:
         step, forward = _step_seconds(blank)
         step *= COMPILED_STEP if compiled else 1
-    passes = 2 * recipe.nsamples + (min(recipe.nsamples, MOMENT_ROWS) if recipe.searches_clips else 0)
+    passes = (2 if recipe.iters else 1) * recipe.nsamples + observed_rows(recipe, recipe.nsamples, stacked=False)
     count = len(run.plan.blocks)
     blocks = count * (recipe.iters * step + passes * forward) + rounding
     compiling = COMPILING if compiled else 0.0

@@ -181,9 +181,7 @@ def search_clips(
 
     Tried are both ends shrunk together, then each alone; on symmetric grids both signs of the scale. The error is
     ``sum_s moment_s * (w_s - fake_quantize(w)_s)**2``, the layer's output error if input channels were uncorrelated.
-    Blocks of GGUF types are then fitted as wholes (``fit_blocks``); where moments are given, large weights count more
-    there, by ``sqrt(w**2 + mean of w**2 in the block)``, as in llama.cpp's quantizer: this lowers the divergence of the
-    whole model, if not that error.
+    Blocks of GGUF types are then fitted as wholes (``fit_blocks``).
 
     Args:
         prepared: from ``prepare`` with the same spec.
@@ -203,8 +201,6 @@ def search_clips(
     moment_EGS = prepared.weight_OGS.new_ones(1, groups, size)
     if moment_I is not None:
         moment_EGS = rearrange(moment_I.view(-1, groups * size), "e (g s) -> e g s", s=size)
-        if isinstance(spec, GgufSpec):
-            moment_EGS = moment_EGS.repeat_interleave(rows // len(moment_EGS), 0) * _magnitude(prepared, spec)
     length = max(1, SLICE_ELEMENTS // (CANDIDATES * size * spec.block_groups)) * spec.block_groups
     found = []
     for start in range(0, rows * groups, length):
@@ -219,12 +215,6 @@ def search_clips(
         torch.cat(ends)[: rows * groups].view(rows, groups) for ends in zip(*found, strict=True)
     )
     return RoundingParams(torch.zeros_like(prepared.weight_OGS), clip_min_OG, clip_max_OG)
-
-
-def _magnitude(prepared: Prepared, spec: GgufSpec) -> Tensor:
-    """``sqrt(w**2 + mean(w**2 of the block))``, (O, G, S)."""
-    square = rearrange(prepared.weight_OGS.square(), "o (k b) s -> o k b s", b=spec.block_groups)
-    return rearrange((square + square.mean((-2, -1), keepdim=True)).sqrt(), "o k b s -> o (k b) s")
 
 
 def _choose(prepared: Prepared, candidates: Clips, moment_NS: Tensor, spec: WeightSpec, errors: Errors) -> Clips:
