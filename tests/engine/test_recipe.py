@@ -57,7 +57,8 @@ def test_there_are_five_presets() -> None:
 
 GIVEN = st.fixed_dictionaries({}, optional={
     "iters": st.integers(0, 2000), "nsamples": st.integers(1, 600), "lr": st.floats(1e-6, 1.0), "seed": st.integers(),
-    "clip_search": st.booleans(), "compensate": st.booleans(), "keep": st.sampled_from(["last", "best"]), "bits": st.sampled_from([2, 3, 4, 8]),
+    "clip_search": st.booleans(), "compensate": st.booleans(), "keep": st.sampled_from(["last", "best"]),
+    "bits": st.sampled_from([2, 3, 4, 8]),
 })  # fmt: skip
 
 
