@@ -73,6 +73,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(words)} |" for words in (head, ["---"] * len(head), *rows)]
 
 
+def judged_tokens(rows: list[Row]) -> int:
+    """Predicted tokens of all domains; 0 where nothing is judged."""
+    scores = next((scores for row in rows if (scores := mean_scores(row.done))), {})
+    return sum(int(own.tokens_D.sum()) for own in scores.values())
+
+
 def run_table(rows: list[Row]) -> list[str]:
     """Cost and quality of whole runs, with differences to ours of the same recipe, or else our default."""
     own = {row.title: scores for row in rows if (scores := mean_scores(row.done))}
@@ -182,6 +188,7 @@ def write(results: Group, file: Path) -> None:
             lines += [f"\n## {title}\n", *slope_table(found, lambda key: f"`{key}`")]
     for key, rows in groups(results, "run").items():
         lines += [f"\n## Whole runs: {key.replace('/', ', ')}\n", *run_table(rows)]
+        lines += ["", f"Judged on {judged_tokens(rows):,} predicted tokens; runs of a recipe: one per seed."]
         picture = file.with_suffix("") / f"{key.replace('/', '-')}.svg"
         if plot(key.replace("/", ", "), rows, picture):
             lines += ["", f"![Time against KL divergence]({picture.relative_to(file.parent)})"]
