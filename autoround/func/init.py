@@ -26,6 +26,8 @@ FINE_SHRINKS = tuple(1.24 - 0.02 * step for step in range(40))
 SINGLE_END_FACTORS = (0.7, 0.8, 0.88, 0.94, 1.0, 1.06, 1.12, 1.2)
 # Rounded weights computed at a time: candidates x groups x columns.
 SLICE_ELEMENTS = 2**20
+# Side of a tile of a Hessian.
+GRAM_COLUMNS = 256
 
 
 class Observed(NamedTuple):
@@ -135,7 +137,7 @@ class _Linears:
             x_MI = x_MI * valid_M.repeat_interleave(len(x_MI) // len(valid_M)).unsqueeze(-1)
         _add(self.sums, path, x_MI.square().sum(0))
         if self._outer is not None:
-            _add(self._outer, path, x_MI.T @ x_MI)
+            _add(self._outer, path, _gram(x_MI))
 
     def moments(self, count: int) -> dict[str, Tensor]:
         """Per layer, over so many tokens."""
@@ -146,6 +148,16 @@ class _Linears:
         """Per layer, over so many tokens; nothing if they were not asked for."""
         means = {path: total / count for path, total in (self._outer or {}).items()}
         return {path: means[first] for path, first in self._first.items() if first in means}
+
+
+def _gram(x_MI: Tensor) -> Tensor:
+    """``x.T @ x``, of which only the upper triangle of its tiles is multiplied out."""
+    gram_II = x_MI.new_empty(x_MI.shape[1], x_MI.shape[1])
+    for start in range(0, len(gram_II), GRAM_COLUMNS):
+        stop = start + GRAM_COLUMNS
+        gram_II[start:stop, start:] = x_MI[:, start:stop].T @ x_MI[:, start:]
+        gram_II[stop:, start:stop] = gram_II[start:stop, stop:].T
+    return gram_II
 
 
 def _add(sums: dict[str, Tensor], key: str, term: Tensor) -> None:

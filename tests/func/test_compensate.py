@@ -113,13 +113,15 @@ class Twins(nn.Module):
         return hidden
 
 
-def test_hessians_are_observed_over_valid_tokens() -> None:
+def test_hessians_are_observed_over_valid_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autoround.func.init.GRAM_COLUMNS", 4)  # of six, so that there are two tiles of unequal size
     torch.manual_seed(0)
     block, x, valid = Twins(), torch.randn(4, 3, 6), torch.rand(4, 3) > 0.3
     block_fn = F.make_block_fn(block)
     calls = [(F.Call((x[rows],), {}), valid[rows]) for rows in (slice(0, 2), slice(2, 4))]
     observed = observe_inputs(block_fn, block.state_dict(), calls, ["gate", "up", "down"], hessians=True)
     torch.testing.assert_close(observed.hessians["gate"], hessian_of(x[valid]))
+    assert torch.equal(observed.hessians["gate"], observed.hessians["gate"].T)
     assert observed.hessians["up"] is observed.hessians["gate"]
     assert observed.moments["up"] is observed.moments["gate"]
     hidden_MI = (block.gate(x) * block.up(x))[valid].detach()
