@@ -111,10 +111,10 @@ class BlockTuner:
             AutoRoundError: a weight or a loss is not finite, or a group size does not fit; names the layer.
         """
         weights = func.split_tensors(tensors, specs)
-        weights = weights._replace(frozen=_cast(weights.frozen, self._dtype))
+        weights = weights._replace(frozen=cast(weights.frozen, self._dtype))
         if inputs is None:
             return Tuned(_quantize(weights.tuned, func.init_params(weights.tuned), specs), torch.zeros(0), None)
-        float_tensors = _cast(tensors, self._dtype)
+        float_tensors = cast(tensors, self._dtype)
         target_NTD = torch.empty(0)
         if self._recipe.iters:
             target_NTD = self._forward(block_fn, float_tensors, inputs.template, inputs.stream.float_NTD)
@@ -328,5 +328,6 @@ def _replicas(tree: Any, devices: Sequence[torch.device]) -> dict[torch.device, 
     return {device: tree_map(lambda leaf, own=device: leaf.to(own), tree) for device in dict.fromkeys(devices)}
 
 
-def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The floating-point ones in the dtype that a block computes in; the others as they are."""
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}

@@ -9,6 +9,9 @@ import torch
 
 from autoround.errors import UsageError
 
+# Token-steps from which on compiling is taken to pay on an accelerator.
+ACCELERATOR_TOKEN_STEPS = 10_000_000
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -72,6 +75,21 @@ class Backend(Protocol):
     def release_memory(self) -> None:
         """Hand memory that was freed back to the system."""
         ...
+
+
+class Accelerator:
+    """What the backends of all accelerators answer alike."""
+
+    __slots__ = ()
+
+    def attention(self, seqlen: int) -> str:
+        """Fused at every length."""
+        del seqlen  # no bearing here
+        return "sdpa"
+
+    def compile_helps(self, token_steps: int) -> bool:
+        """Only for runs that outlast the compilation."""
+        return token_steps >= ACCELERATOR_TOKEN_STEPS
 
 
 # Accelerators come in the order in which ``auto`` and plain numbers look for them.

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-COMPILE_TOKEN_STEPS = 10_000_000
+from autoround.backends.base import Accelerator
 
 
 @dataclass(frozen=True, slots=True)
-class GpuBackend:
+class GpuBackend(Accelerator):
     """torch on the GPUs of one maker.
 
     Attributes:
@@ -31,15 +31,6 @@ class GpuBackend:
     def compute_dtype(self) -> torch.dtype:
         """bfloat16 where the GPU has it, else float16."""
         return torch.bfloat16 if self._torch.is_bf16_supported() else torch.float16
-
-    def attention(self, seqlen: int) -> str:
-        """Fused at every length."""
-        del seqlen  # no bearing here
-        return "sdpa"
-
-    def compile_helps(self, token_steps: int) -> bool:
-        """Only for runs that outlast the compilation."""
-        return token_steps >= COMPILE_TOKEN_STEPS
 
     def memory_bytes(self) -> int:
         """Memory that torch holds on all of them."""

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-COMPILE_TOKEN_STEPS = 10_000_000
+from autoround.backends.base import Accelerator
 
 
-class HpuBackend:
+class HpuBackend(Accelerator):
     """torch on its accelerators."""
 
     name = "hpu"
@@ -29,15 +29,6 @@ class HpuBackend:
     def compute_dtype(self) -> torch.dtype:
         """bfloat16, which its matrix units are built for."""
         return torch.bfloat16
-
-    def attention(self, seqlen: int) -> str:
-        """torch's own form, which the bridge's compiler fuses."""
-        del seqlen  # no bearing here
-        return "sdpa"
-
-    def compile_helps(self, token_steps: int) -> bool:
-        """Only for runs that outlast the compilation."""
-        return token_steps >= COMPILE_TOKEN_STEPS
 
     def memory_bytes(self) -> int:
         """Memory that the bridge holds on all of them."""

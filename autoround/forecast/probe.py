@@ -5,7 +5,7 @@ Legend: B samples in a batch, T tokens, D hidden size, N samples.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from autoround.func import init
 from autoround.model.read import read_block
 from autoround.plan import BlockPlan
 from autoround.spec import GgufSpec, QuantSpec
-from autoround.tuner import make_optimizer, observed_rows
+from autoround.tuner import cast, make_optimizer, observed_rows
 
 # A call is timed until this many seconds have passed, and at least once after one that is not counted.
 _SECONDS = 0.4
@@ -26,8 +26,8 @@ _SECONDS = 0.4
 _ROWS_AT_ONCE = 8
 # Weights of which a search and a rounding are timed.
 _WEIGHTS = 2**18
-# On a CPU: time of a compiled step and search for that of an uncompiled one, and seconds that compiling takes, as
-# measured by benchmarks/step.py and benchmarks/vs_auto_round.py on two cores.
+# On a CPU: time of a compiled step and search for that of an uncompiled one, and seconds that compiling takes;
+# benchmarks/step.py and earlier whole runs gave them on two cores.
 COMPILED_STEP, COMPILED_SEARCH, COMPILING = 0.75, 0.3, 30.0
 # Bytes a second of reading, hashing, packing, writing and reading back: an estimate.
 _BYTES_A_SECOND = 1.5e8
@@ -73,15 +73,14 @@ def _step_seconds(blank: BlankRun) -> tuple[float, float]:
     stored = read_block(blank.model, block.path)
     tensors = {name: _random(tensor, run.device) for name, tensor in stored.items()}
     weights = func.split_tensors(tensors, block.specs)
-    frozen = {name: own.to(dtype) if own.is_floating_point() else own for name, own in weights.frozen.items()}
     fusion = func.fuse(weights.tuned, block.specs)
     params = fusion.merge(func.init_params(weights.tuned))
-    weights = func.BlockWeights(fusion.merge(weights.tuned), frozen)
+    weights = func.BlockWeights(fusion.merge(weights.tuned), cast(weights.frozen, dtype))
     optimizer = make_optimizer(recipe, 4)
     block_fn = blank.block_fn(index)
     step = func.make_step(fusion.lift(block_fn), fusion.specs, optimizer, dtype=dtype)
     state = func.init_state(params, optimizer, keep_best=recipe.keep == "best")
-    whole = {name: own.to(dtype) if own.is_floating_point() else own for name, own in tensors.items()}
+    whole = cast(tensors, dtype)
 
     def once(rows: int) -> float:
         batch = _batch(blank, index, rows)
@@ -111,25 +110,25 @@ def _batch(blank: BlankRun, index: int, rows: int) -> func.Batch:
 
 def _search_seconds(blank: BlankRun) -> float:
     """Seconds of the clip search for a weight."""
-    prepared, spec = next(_prepared(blank))
+    prepared, spec = _prepared(blank)
     return _timed(partial(init.search_clips, prepared, None, spec), blank.run.device) / prepared.weight_OGS.numel()
 
 
 def _round_seconds(blank: BlankRun) -> float:
     """Seconds of the final rounding for a weight."""
-    prepared, spec = next(_prepared(blank))
+    prepared, spec = _prepared(blank)
     params = func.init_params({"": prepared})[""]
     return _timed(partial(func.quantize, prepared, params, spec), blank.run.device) / prepared.weight_OGS.numel()
 
 
-def _prepared(blank: BlankRun) -> Iterator[tuple[func.Prepared, QuantSpec | GgufSpec]]:
+def _prepared(blank: BlankRun) -> tuple[func.Prepared, QuantSpec | GgufSpec]:
     """Random weights of the most usual spec of the plan."""
     layers = [layer for layer in blank.run.plan.layers.values() if layer.spec is not None]
     usual = next((layer for layer in layers if layer.spec == blank.run.plan.spec), layers[0])
     assert usual.spec is not None
     columns = usual.shape.in_features
     weight_OI = torch.randn(max(1, _WEIGHTS // columns), columns, device=blank.run.device)
-    yield func.prepare(weight_OI, usual.spec), usual.spec
+    return func.prepare(weight_OI, usual.spec), usual.spec
 
 
 def _weights(block: BlockPlan) -> int:

@@ -120,7 +120,7 @@ class _Linears:
     """Sums over the inputs of linear layers."""
 
     def __init__(self, outer: bool) -> None:
-        self.sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
         self.inputs: dict[
             int, tuple[str, Tensor]
         ] = {}  # of the call that is running: id -> first layer, and the tensor
@@ -135,18 +135,21 @@ class _Linears:
         x_MI, valid_M = args[0].flatten(0, -2).float(), valid_BT.flatten()
         if len(x_MI) % len(valid_M) == 0:  # else its inputs are no tokens, and all of them count
             x_MI = x_MI * valid_M.repeat_interleave(len(x_MI) // len(valid_M)).unsqueeze(-1)
-        _add(self.sums, path, x_MI.square().sum(0))
+        _add(self._sums, path, x_MI.square().sum(0))
         if self._outer is not None:
             _add(self._outer, path, _gram(x_MI))
 
     def moments(self, count: int) -> dict[str, Tensor]:
         """Per layer, over so many tokens."""
-        means = {path: total / count for path, total in self.sums.items()}
-        return {path: means[first] for path, first in self._first.items()}
+        return self._means(self._sums, count)
 
     def hessians(self, count: int) -> dict[str, Tensor]:
         """Per layer, over so many tokens; nothing if they were not asked for."""
-        means = {path: total / count for path, total in (self._outer or {}).items()}
+        return self._means(self._outer or {}, count)
+
+    def _means(self, sums: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+        """Layers of the same inputs get the same tensor."""
+        means = {path: total / count for path, total in sums.items()}
         return {path: means[first] for path, first in self._first.items() if first in means}
 
 
