@@ -57,6 +57,7 @@ class Recipe:
     format: tuple[str, ...] = option(("auto_round",), "comma list of layouts to write", "output", "formats")
     output_dir: str = option("autoround-output", "folder for the quantized model and its journal", "output")
     overwrite: bool = option(False, "discard what is in the output folder", "output")
+    restart: bool = option(False, "discard an earlier run's journal of this output folder and begin anew", "output")
     max_shard_size: str = option("5GB", "largest size of one weight file", "output")
 
     dataset: Any = option(
@@ -81,6 +82,9 @@ class Recipe:
         None, "round column after column, later ones making up for what earlier ones lost (GPTQ); when unset, on where "
         "clips are searched and iters is 0", "tuning",
         off_flags=("no_compensate",))
+    starved_experts: Literal["rtn", "route_all"] = option(
+        "rtn", "experts that fewer than 512 calibration tokens reach: take no steps (rtn), or each token is also sent to "
+        "one of them in turn while the block is tuned (route_all)", "tuning", choices=("rtn", "route_all"))
     keep: Literal["last", "best"] = option(
         "last", "parameters to keep: the last ones, or those of the best minibatch", "tuning",
         choices=("last", "best"))
@@ -104,6 +108,7 @@ class Recipe:
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"{name}: found {value}; needed a positive number")
         _check_output(self)
+        _check_starved(self)
         check_choices(self)
         if self.model_dtype is not None:
             object.__setattr__(self, "model_dtype", SCALE_DTYPES[self.model_dtype])
@@ -183,3 +188,14 @@ def _check_output(recipe: Recipe) -> None:
         raise UsageError(
             f"output_dir: found {str(recipe.output_dir)!r}; needed a folder of its own, such as ./quantized"
         )
+
+
+def _check_starved(recipe: Recipe) -> None:
+    """No format holds a stack of which some experts are quantized and others are not."""
+    if str(recipe.starved_experts) == "keep":
+        raise UsageError(
+            "starved_experts: found keep, which no format can hold: the experts of a block are stored alike; needed rtn "
+            "or route_all; --ignore_layers experts keeps all of them in 16 bits"
+        )
+    if recipe.starved_experts == "route_all" and not recipe.needs_data:
+        raise UsageError("starved_experts: found route_all in a run without calibration text; needed rtn; leave it out")

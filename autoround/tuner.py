@@ -17,7 +17,7 @@ from autoround import func
 from autoround.backends.base import Numerics, jit
 from autoround.errors import AutoRoundError
 from autoround.func import init
-from autoround.func.experts import restore
+from autoround.func.experts import also_in_turn, restore
 from autoround.model.capture import CallTemplate
 from autoround.recipe import Recipe
 
@@ -120,17 +120,26 @@ class BlockTuner:
             target_NTD = self._forward(block_fn, float_tensors, inputs.template, inputs.stream.float_NTD)
         fusion = func.fuse(weights.tuned, specs)
         observed = self._observe(block_fn, float_tensors, specs, inputs)
+        tokens, trained_fn, aim_NTD = observed.tokens, block_fn, target_NTD
+        if self._recipe.starved_experts == "route_all" and (starved := _starved(tokens)):
+            trained_fn, turns = also_in_turn(block_fn, starved)
+            weights = weights._replace(frozen={**weights.frozen, **turns})
+            float_tensors |= turns
+            observed = self._observe(trained_fn, float_tensors, specs, inputs)
+            if self._recipe.iters:
+                aim_NTD = self._forward(trained_fn, float_tensors, inputs.template, inputs.stream.float_NTD)
         start = self._start(weights, observed.moments, specs)
         tuned = func.compensate(weights.tuned, start, observed.hessians, specs)
         weights, params = weights._replace(tuned=fusion.merge(tuned)), fusion.merge(start)
         del float_tensors, tuned, start
-        result = self._take_steps(block_fn, fusion, weights, params, partial(self._batches, index, inputs, target_NTD))
+        result = self._take_steps(trained_fn, fusion, weights, params, partial(self._batches, index, inputs, aim_NTD))
+        del aim_NTD
         found = _restored(fusion.split(result.params), fusion.split(params), observed.tokens)
         codes = _quantize(fusion.split(weights.tuned), found, specs)
         rounded = {f"{path}.weight": func.dequantize(own, specs[path]).to(self._dtype) for path, own in codes.items()}
         quantized = {**weights.frozen, **rounded}
         quantized_NTD = self._forward(block_fn, quantized, inputs.template, inputs.stream.quantized_NTD)
-        return Tuned(codes, result.losses_K, Stream(target_NTD, quantized_NTD), observed.tokens)
+        return Tuned(codes, result.losses_K, Stream(target_NTD, quantized_NTD), tokens)
 
     def quantize_layer(
         self, path: str, weight_OI: Tensor, spec: func.WeightSpec, moment_I: Tensor | None = None
@@ -316,11 +325,17 @@ def _quantize(
 
 def _restored(params: func.Params, start: func.Params, tokens: Mapping[str, Tensor]) -> func.Params:
     """Parameters after tuning, but those of experts that hardly any token reached, which are as they were."""
-    starved = {module: own_E < STARVED_TOKENS for module, own_E in tokens.items()}
+    starved = _starved(tokens)
     return {
         path: restore(own, start[path], starved[module]) if (module := path.rpartition(".")[0]) in starved else own
         for path, own in params.items()
     }
+
+
+def _starved(tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Module of experts -> bool (E,), its starved ones, of modules that have some."""
+    starved = {module: own_E < STARVED_TOKENS for module, own_E in tokens.items()}
+    return {module: own_E for module, own_E in starved.items() if own_E.any()}
 
 
 def _replicas(tree: Any, devices: Sequence[torch.device]) -> dict[torch.device, Any]:

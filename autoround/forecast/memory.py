@@ -103,7 +103,8 @@ def _tuned(blank: BlankRun, index: int) -> tuple[int, int, int]:
     with without_data(), ByteCount() as count:
         stored = read_block(blank.model, block.path)
         tensors = {name: _empty(tensor, run.device) for name, tensor in stored.items()}
-        tuner = _tuner(blank, on_step=lambda done, loss: mark(_FLOWS - 1))
+        aims = run.recipe.starved_experts == "route_all"  # then steps have targets of their own
+        tuner = _tuner(blank, on_step=lambda done, loss: mark(_FLOWS - 1 + aims))
         tuned = tuner.tune(index, blank.block_fn(index), tensors, block.specs, _inputs(blank, index, some.nsamples))
         mark(_FLOWS)
         codes = code_bytes(tuned.codes)

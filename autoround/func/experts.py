@@ -3,13 +3,19 @@
 Legend: E experts, N tokens, K experts that a token takes, I input features, D hidden size, O output features of all.
 """
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from autoround.func.block import BlockFn
 from autoround.func.types import RoundingParams
+
+# Name of the experts that tokens are sent to in turn, among the buffers of a module of experts.
+_TURN = "turn_E"
 
 
 class Routed(NamedTuple):
@@ -79,6 +85,42 @@ def observe(experts: Any, x_ND: Tensor, choice_NK: Tensor, valid_N: Tensor) -> R
         x_ND[valid_N].float().square().sum(0),
         {name: torch.stack(own) for name, own in sums.items()},
     )
+
+
+def also_in_turn(block_fn: BlockFn, starved: Mapping[str, Tensor]) -> tuple[BlockFn, dict[str, Tensor]]:
+    """A block that sends each token to one starved expert besides those that it chose: to each of them in turn.
+
+    What such an expert adds to a token is weighed by the mean of what the chosen ones are. Blocks of equal signature
+    still share a step, whichever of their experts are starved.
+
+    Args:
+        block_fn: the lifted block.
+        starved: module of experts -> bool (E,), at least one of them true.
+
+    Returns:
+        The block, and tensors that it takes besides its own.
+    """
+    skeleton, turns = copy.deepcopy(block_fn.skeleton), {}
+    for path, starved_E in starved.items():
+        first_E = starved_E.int().argsort(descending=True, stable=True)
+        place_E = torch.arange(len(starved_E), device=starved_E.device)
+        turns[f"{path}.{_TURN}"] = first_E[place_E % starved_E.sum().clamp(min=1)]
+        module = skeleton.get_submodule(path)
+        module.register_buffer(_TURN, torch.empty(len(starved_E), dtype=torch.int64, device="meta"))
+        module.register_forward_pre_hook(_send, with_kwargs=True)
+    return replace(block_fn, skeleton=skeleton, signature=f"{block_fn.signature}+{','.join(starved)}"), turns
+
+
+def _send(
+    module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """The call of a module of experts with one more expert for each token."""
+    x, choice, share, *rest = (*args, *kwargs.values())
+    turn_E = module.get_buffer(_TURN)
+    place = torch.arange(choice[..., 0].numel(), device=choice.device) % len(turn_E)
+    choice = torch.cat([choice, turn_E[place].view(*choice.shape[:-1], 1).to(choice.dtype)], -1)
+    found = (x, choice, torch.cat([share, share.mean(-1, keepdim=True)], -1), *rest)
+    return found[: len(args)], dict(zip(kwargs, found[len(args) :], strict=True))
 
 
 def by_module(paths: Iterator[str] | tuple[str, ...]) -> dict[str, tuple[str, ...]]:

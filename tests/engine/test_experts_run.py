@@ -12,6 +12,7 @@ from autoround import tuner
 from autoround.convert import open_quantized
 from autoround.coverage import coverage, coverage_table
 from autoround.engine import Run, quantize
+from autoround.errors import UsageError
 from autoround.export import Target, export_checkpoint
 from autoround.formats.packed_experts import PackedExperts
 from autoround.hub import load
@@ -112,6 +113,34 @@ def test_starved_experts_stay_where_they_start(tmp_path: Path, monkeypatch: pyte
     assert torch.equal(kept[first].q_OI, rounded[first].q_OI)
     assert not torch.equal(tuned[first].q_OI, rounded[first].q_OI)
     assert torch.equal(kept[other].q_OI, tuned[other].q_OI)
+
+
+def test_starved_experts_take_steps_when_all_tokens_are_sent_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuner, "STARVED_TOKENS", 128)
+    one, two = (tune("qwen3_moe", tmp_path / policy, starved_experts=policy) for policy in ("rtn", "route_all"))
+    kept, moved = small.codes(one), small.codes(two)
+    counts, same = (coverage(Journal(run.journal_folder, {}).read_stats(0))["mlp.experts"] for run in (one, two))
+    assert counts == same and min(counts) < 128 < max(counts)
+    other, first = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.down_proj"
+    start = small.codes(tune("qwen3_moe", tmp_path / "start", preset="rtn", iters=0))[first].q_OI
+    for expert, rows in enumerate(
+        zip(*(each.chunk(4) for each in (start, kept[first].q_OI, moved[first].q_OI)), strict=True)
+    ):
+        assert torch.equal(rows[0], rows[1]) == (counts[expert] < 128)
+        assert not torch.equal(rows[0], rows[2])
+    assert not torch.equal(kept[other].q_OI, moved[other].q_OI)  # the steps of a block weigh all its experts
+
+
+def test_policies_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    for settings, words in (
+        ({"starved_experts": "keep"}, "found keep, which no format can hold"),
+        ({"starved_experts": "all"}, "needed one of rtn, route_all"),
+        ({"starved_experts": "route_all", "iters": 0}, "found route_all in a run without calibration text"),
+    ):
+        with pytest.raises(UsageError, match=f"starved_experts: .*{words}"):
+            recipe(tmp_path, **settings)
 
 
 def test_the_journal_tells_how_many_tokens_each_expert_took(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from autoround import func as F
 from autoround.func.block import block_tensors, stack_paths
-from autoround.func.experts import observe, restore
+from autoround.func.experts import also_in_turn, observe, restore
 from autoround.func.init import observe_inputs
 from tests.engine.mixtures import MODELS, make
 
@@ -125,15 +125,55 @@ def test_restored_experts_are_where_they_started() -> None:
         assert torch.equal(field[[0, 1, 4, 5]], after[[0, 1, 4, 5]])
 
 
+STARVED = torch.tensor([False, True, False, True])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_starved_experts_are_sent_every_token_in_turn(name: str) -> None:
+    block, x_BTD = Mixture(name), tokens(1)
+    tensors, plain = block_tensors(block), F.make_block_fn(block)
+    seen: list[tuple[Tensor, ...]] = []
+    block.mlp.experts.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((*args, *kwargs.values())), with_kwargs=True
+    )
+    with torch.no_grad():
+        block(x_BTD)
+        changed, turns = also_in_turn(plain, {"mlp.experts": STARVED})
+        found = changed({**tensors, **turns}, call(x_BTD)[0]) - plain({**tensors, **turns}, call(x_BTD)[0])
+        x_ND, _, share_NK = seen[0]
+        choice_N1 = torch.tensor([1, 3] * 6)[:, None]
+        wanted = block.mlp.experts(x_ND, choice_N1, share_NK.mean(-1, keepdim=True))
+    torch.testing.assert_close(found[0], wanted, rtol=1e-3, atol=1e-4)
+    plainly, besides = (
+        observe_inputs(each, {**tensors, **turns}, [call(x_BTD)], STACKS).tokens["mlp.experts"]
+        for each in (plain, changed)
+    )
+    assert torch.equal(plainly[~STARVED], besides[~STARVED])
+    assert bool((besides[STARVED] >= 6).all())
+
+
+def test_blocks_with_other_starved_experts_share_a_step() -> None:
+    block = F.make_block_fn(Mixture("mixtral"))
+    one, two = (also_in_turn(block, {"mlp.experts": each}) for each in (STARVED, ~STARVED))
+    assert one[0].signature == two[0].signature != block.signature
+    assert [{name: turn.tolist() for name, turn in turns.items()} for _, turns in (one, two)] == [
+        {"mlp.experts.turn_E": [1, 3, 1, 3]}, {"mlp.experts.turn_E": [0, 2, 0, 2]}]  # fmt: skip
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("starved", [False, True])
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-def test_a_step_compiles_whole_in_bfloat16() -> None:
+def test_a_step_compiles_whole_in_bfloat16(starved: bool) -> None:
     block = Mixture("qwen3_moe").bfloat16()
     specs = dict.fromkeys(STACKS, F.QuantSpec(bits=2, group_size=32))
     weights, optimizer = F.split_weights(block, specs), F.signsgd(F.constant(0.01))
     state, x_BTD = F.init_state(F.init_params(weights.tuned), optimizer), tokens().bfloat16()
     batch = F.Batch(call(x_BTD)[0], torch.zeros_like(x_BTD), torch.ones(2, 12, dtype=torch.bool))
-    step = F.make_step(F.make_block_fn(block), specs, optimizer, dtype=torch.bfloat16)
+    block_fn = F.make_block_fn(block)
+    if starved:
+        block_fn, turns = also_in_turn(block_fn, {"mlp.experts": STARVED})
+        weights = weights._replace(frozen={**weights.frozen, **turns})
+    step = F.make_step(block_fn, specs, optimizer, dtype=torch.bfloat16)
     _, eager = step(weights, state, batch)
     _, compiled = torch.compile(step, fullgraph=True, dynamic=False)(weights, state, batch)
     torch.testing.assert_close(compiled, eager, rtol=0.02, atol=0)
