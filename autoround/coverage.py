@@ -2,11 +2,17 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from autoround.progress import median
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Experts that fewer tokens reach are starved: steps would fit those tokens alone. Measured on synthetic inputs of one
+# small shape only (64 x 64, 2 bits, 200 steps, three seeds), by the error on other tokens: up to 268 tokens steps made
+# it 5 to 12% larger, at about 520 they changed it by 2% either way, from 2400 on they mostly helped.
+STARVED_TOKENS = 512
 # What the names of these numbers begin with, among those of a block.
 _KIND = "tokens:"
 
@@ -21,15 +27,6 @@ def token_stats(tokens: "Mapping[str, Tensor]") -> dict[str, float]:
     return {f"{_KIND}{path}:{expert}": count for path, own in counts.items() for expert, count in enumerate(own)}
 
 
-def is_token_count(name: str) -> bool:
-    """Whether a number kept with a block is one of these.
-
-    >>> is_token_count("tokens:mlp.experts:0"), is_token_count("loss_last")
-    (True, False)
-    """
-    return name.startswith(_KIND)
-
-
 def coverage(stats: Mapping[str, float]) -> dict[str, tuple[int, ...]]:
     """Module of experts -> tokens of each expert, from the numbers kept with a block.
 
@@ -38,32 +35,42 @@ def coverage(stats: Mapping[str, float]) -> dict[str, tuple[int, ...]]:
     """
     found: dict[str, dict[int, int]] = defaultdict(dict)
     for name, value in stats.items():
-        if is_token_count(name):
+        if name.startswith(_KIND):
             path, _, expert = name.removeprefix(_KIND).rpartition(":")
             found[path][int(expert)] = int(value)
     return {path: tuple(count for _, count in sorted(own.items())) for path, own in found.items()}
 
 
-def coverage_table(blocks: Iterable[tuple[str, Mapping[str, float]]], starved: int) -> str:
+def told(stats: Mapping[str, float]) -> dict[str, Any]:
+    """The numbers kept with a block as fields of ``BlockDone``.
+
+    >>> told({"loss_last": 0.5, "tokens:mlp.experts:0": 7.0})
+    {'loss_last': 0.5, 'tokens': {'mlp.experts': (7,)}}
+    """
+    losses = {name: value for name, value in stats.items() if not name.startswith(_KIND)}
+    return {**losses, "tokens": coverage(stats)}
+
+
+def coverage_table(blocks: Iterable[tuple[str, Mapping[str, tuple[int, ...]]]], starved: int = STARVED_TOKENS) -> str:
     """Lines of text: for each block the fewest, median and most tokens of its experts, and how many are starved.
 
     Args:
-        blocks: title and numbers of every block.
-        starved: experts with fewer tokens stay as they start.
+        blocks: path of every block, and module of experts -> tokens of each expert.
+        starved: those with fewer tokens are.
 
     Returns:
         Empty for a model without experts.
 
-    >>> print(coverage_table([("model.layers.0", {"tokens:mlp.experts:0": 7, "tokens:mlp.experts:1": 500})], 128))
+    >>> print(coverage_table([("model.layers.0", {"mlp.experts": (7, 501)})], 128))
     tokens per expert             fewest   median     most  below 128
-    model.layers.0.mlp.experts         7      500      500       1 of 2
+    model.layers.0.mlp.experts         7      254      501       1 of 2
     """
     rows = []
-    for title, stats in blocks:
-        for path, counts in coverage(stats).items():
-            below, middle = sum(count < starved for count in counts), sorted(counts)[len(counts) // 2]
-            share = f"{below} of {len(counts)}"
-            rows.append((f"{title}.{path}", f"{min(counts):>8} {middle:>8} {max(counts):>8} {share:>12}"))
+    for title, modules in blocks:
+        for path, counts in modules.items():
+            share = f"{sum(count < starved for count in counts)} of {len(counts)}"
+            numbers = f"{min(counts):>8} {median(counts):>8.0f} {max(counts):>8} {share:>12}"
+            rows.append((f"{title}.{path}", numbers))
     if not rows:
         return ""
     width = max(len(name) for name, _ in rows) + 1

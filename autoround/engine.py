@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from autoround import __version__, config, func
 from autoround.backends.base import Numerics, select_all
-from autoround.coverage import is_token_count, token_stats
+from autoround.coverage import token_stats, told
 from autoround.data.tokens import Calibration, load_calibration, needs_tokenizer
 from autoround.errors import AutoRoundError, UsageError
 from autoround.export import Target, no_codes, origin, write_formats
@@ -163,8 +163,7 @@ class Run:
         journal = self._journal
         finished = journal.finished()
         for index in range(finished):
-            stats = {name: value for name, value in journal.read_stats(index).items() if not is_token_count(name)}
-            yield self._meter.resumed(index, self.plan.parts[index].title, stats)
+            yield self._meter.resumed(index, self.plan.parts[index].title, told(journal.read_stats(index)))
         if finished < len(self.plan.parts):
             yield from self._tune_blocks(journal, calibration, finished)
         journal.drop_activations()
@@ -293,9 +292,9 @@ class Run:
             stream = tuned.stream
             if stream is not None and index + 1 < count:
                 journal.write_activations(index, stream._asdict())
-            stats = _stats(tuned.losses_K)
-            journal.write_block(index, tuned.codes, stats | token_stats(tuned.tokens))
-            yield self._meter.end(index, block.path, stats)
+            stats = _stats(tuned.losses_K) | token_stats(tuned.tokens)
+            journal.write_block(index, tuned.codes, stats)
+            yield self._meter.end(index, block.path, told(stats))
         if len(blocks) < count:
             title = self.plan.parts[-1].title
             self._meter.begin(len(blocks), title)

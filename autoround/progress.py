@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 REPORT_SECONDS = 0.25
 
@@ -49,6 +49,7 @@ class BlockDone:
             step, the best and the last; 0 where nothing was tuned.
         seconds: spent on it.
         resumed: taken from the journal of an interrupted run.
+        tokens: module of experts, relative to the block -> calibration tokens that each of them took.
     """
 
     index: int
@@ -58,6 +59,7 @@ class BlockDone:
     loss_last: float = 0.0
     seconds: float = 0.0
     resumed: bool = False
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class Meter:
@@ -84,7 +86,7 @@ class Meter:
             self._listen(Progress(phase=phase, block=self._block, blocks=self._blocks, seconds=self._elapsed(),
                                   eta_seconds=eta, memory_bytes=self._memory(), message=message))  # fmt: skip
 
-    def resumed(self, index: int, path: str, stats: Mapping[str, float]) -> BlockDone:
+    def resumed(self, index: int, path: str, stats: Mapping[str, Any]) -> BlockDone:
         """A block was found finished."""
         self._block = index + 1
         self._start = time.monotonic()
@@ -94,7 +96,7 @@ class Meter:
         """A block begins."""
         self._block = index + 1
         self._block_start = self._tuning_start = self._step_end = time.monotonic()
-        usual = _median(self._taken[1:] or self._taken) if self._taken else None
+        usual = median(self._taken[1:] or self._taken) if self._taken else None
         self._tell("tuning", path, None if usual is None else usual * (self._blocks - index))
 
     def step(self, step: int, tokens: int, loss: Callable[[], float]) -> None:
@@ -124,14 +126,14 @@ class Meter:
             return pace * (self._steps * (self._blocks - self._block + 1) - step + 1) if step > 1 else None
         usual = self._tuning_start - self._block_start + self._after_first
         if len(self._taken) > 1:
-            usual = _median(self._taken[1:])
+            usual = median(self._taken[1:])
         share = step / self._steps if step > 1 else 0.0
         by_pace = pace * (self._steps - step) + self._after_last
         by_latest = max(self._after_first - (now - self._tuning_start), 0.0)
         here = share * by_pace + (1 - share) * by_latest
         return here + usual * (self._blocks - self._block)
 
-    def end(self, index: int, path: str, stats: Mapping[str, float]) -> BlockDone:
+    def end(self, index: int, path: str, stats: Mapping[str, Any]) -> BlockDone:
         """A block is finished."""
         now = time.monotonic()
         self._taken.append(now - self._block_start)
@@ -188,7 +190,7 @@ class EvaluationMeter:
         """By the median of the blocks, of which the first may wait for files, and the pace of the tokens."""
         if not self._taken:
             return None
-        usual, scored = _median(self._taken[1:] or self._taken), 1 - self._logits_left
+        usual, scored = median(self._taken[1:] or self._taken), 1 - self._logits_left
         all_logits = self._logits_seconds / scored if scored else self._guess * usual
         return usual * self._blocks_left + all_logits * self._logits_left
 
@@ -199,7 +201,7 @@ class EvaluationMeter:
                                  memory_bytes=self._memory()))  # fmt: skip
 
 
-def _median(values: Sequence[float]) -> float:
-    """The module statistics takes a while to import."""
+def median(values: Sequence[float]) -> float:
+    """The middle, or the mean of the two there; the module statistics takes a while to import."""
     ordered, count = sorted(values), len(values)
     return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2

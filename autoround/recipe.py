@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import PurePath
 from typing import Any, Literal
 
+from autoround.coverage import STARVED_TOKENS
 from autoround.errors import UsageError
 from autoround.layers import LayerSetting, read_ignored, read_layer_config
 from autoround.options import check_choices, option
@@ -83,8 +84,9 @@ class Recipe:
         "clips are searched and iters is 0", "tuning",
         off_flags=("no_compensate",))
     starved_experts: Literal["rtn", "route_all"] = option(
-        "rtn", "experts that fewer than 512 calibration tokens reach: take no steps (rtn), or each token is also sent to "
-        "one of them in turn while the block is tuned (route_all)", "tuning", choices=("rtn", "route_all"))
+        "rtn", f"experts that fewer than {STARVED_TOKENS} calibration tokens reach: take no steps (rtn), or each token "
+        "is also sent to one of them in turn while the block is tuned (route_all)", "tuning",
+        choices=("rtn", "route_all"))
     keep: Literal["last", "best"] = option(
         "last", "parameters to keep: the last ones, or those of the best minibatch", "tuning",
         choices=("last", "best"))
@@ -194,8 +196,8 @@ def _check_starved(recipe: Recipe) -> None:
     """No format holds a stack of which some experts are quantized and others are not."""
     if str(recipe.starved_experts) == "keep":
         raise UsageError(
-            "starved_experts: found keep, which no format can hold: the experts of a block are stored alike; needed rtn "
-            "or route_all; --ignore_layers experts keeps all of them in 16 bits"
+            "starved_experts: found keep, which no format can hold: the experts of a block are stored alike; needed "
+            "rtn or route_all; --ignore_layers experts keeps all of them in 16 bits"
         )
     if recipe.starved_experts == "route_all" and not recipe.needs_data:
         raise UsageError("starved_experts: found route_all in a run without calibration text; needed rtn; leave it out")

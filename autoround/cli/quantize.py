@@ -11,6 +11,7 @@ from autoround.cli.commands import SUBCOMMANDS
 from autoround.cli.grammar import SWITCHES, Grammar, word_or_flag
 from autoround.cli.plan import Foretell, foretold
 from autoround.cli.session import session
+from autoround.coverage import coverage_table
 from autoround.data.language import parse_specs
 from autoround.errors import UsageError
 from autoround.evaluate.settings import Evaluation
@@ -203,7 +204,11 @@ def _engine() -> Quantize:
 
 def _finish(run: Run, screen: "Display", *, quiet: bool) -> tuple[Path, ...]:
     """Do a run's work and write its formats; their folders."""
+    tokens = []
     for done in run:
+        tokens.append((done.path, done.tokens))
         if not quiet:
             screen.block_done(done, len(run.plan.parts))
+    if (table := coverage_table(tokens)) and not quiet:
+        screen.note(table)
     return run.export()

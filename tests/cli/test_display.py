@@ -2,6 +2,8 @@
 
 import io
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -9,7 +11,7 @@ from rich.console import Console
 from autoround.cli.display import LiveDisplay, PlainDisplay, display
 from autoround.cli.main import main
 from autoround.progress import BlockDone, Progress
-from tests.cli.stub import StubEngine
+from tests.cli.stub import StubEngine, StubRun
 
 TUNING = Progress(
     phase="tuning", block=3, blocks=30, step=50, steps=200, loss_first=2e-3, loss=1e-3,
@@ -124,3 +126,17 @@ def test_a_line_for_each_block_of_an_evaluation_and_for_the_logits() -> None:
     for step in (0, 5, 10):
         screen.update(Progress(phase="evaluation", block=0, blocks=0, step=step, steps=10, message="w4, logits"))
     assert stream.getvalue() == "w4, block 3/30  1:01 left\nw4, logits\n"
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_run_ends_with_the_tokens_of_each_expert(quiet: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    class Mixture(StubRun):
+        def __iter__(self) -> Iterator[BlockDone]:
+            for index, done in enumerate(super().__iter__()):
+                yield replace(done, tokens={"mlp.experts": (7, 600, 800 + index)})
+
+    assert main(["model", *["--quiet"] * quiet], quantize=lambda model, recipe, **_: [Mixture(recipe, None, None)]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    table = [line.split() for line in lines if ".mlp.experts" in line]
+    wanted = [[f"layers.{index}.mlp.experts", "7", "600", f"{800 + index}", "1", "of", "3"] for index in range(2)]
+    assert table == ([] if quiet else wanted)
