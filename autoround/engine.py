@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from filelock import BaseFileLock
 from torch import Tensor, nn
 
-from autoround import __version__, config, func
+from autoround import config, func
 from autoround.backends.base import Numerics, select_all
 from autoround.coverage import token_stats, told
 from autoround.data.tokens import Calibration, load_calibration, needs_tokenizer
@@ -20,7 +20,8 @@ from autoround.formats.gguf.file import GgufFile
 from autoround.formats.gguf.plan import plan_file
 from autoround.formats.registry import rules
 from autoround.formats.writer import check_folder, parse_size
-from autoround.journal import MANIFEST, Journal, digest, open_journal, read_manifest
+from autoround.identity import manifest_of
+from autoround.journal import MANIFEST, Journal, hold, open_journal, read_manifest
 from autoround.model.blocks import embedding
 from autoround.model.capture import CallTemplate, capture
 from autoround.model.experts import describe
@@ -35,13 +36,6 @@ from autoround.progress import BlockDone, Meter, Progress
 from autoround.recipe import Recipe
 from autoround.resolve import resolve
 from autoround.tuner import MOMENT_ROWS, BlockTuner, Inputs, Stream
-
-# Settings that decide no code by themselves: what they stand for is in the manifest in another form, or nothing is.
-FREE_SETTINGS = frozenset({
-    "model", "revision", "cache_dir", "token", "trust_remote_code", "dataset", "format", "output_dir", "overwrite",
-    "max_shard_size", "model_dtype", "device_map", "low_gpu_mem_usage", "torch_compile", "layer_config",
-    "ignore_layers", "quant_lm_head",
-})  # fmt: skip
 
 
 def quantize(
@@ -108,8 +102,9 @@ class Run:
         for each in format_rules:
             check_head(recipe.quant_lm_head, each)
         parse_size(recipe.max_shard_size)
-        continued = not recipe.overwrite and (self.journal_folder / MANIFEST).exists()
-        check_folder(self._output, overwrite=recipe.overwrite or continued)
+        known = (self.journal_folder / MANIFEST).exists()
+        continued = known and not (recipe.overwrite or recipe.restart)
+        check_folder(self._output, overwrite=recipe.overwrite or known)
         self._backend, self._devices = select_all(recipe.device_map)
         self._device = self._devices[0]
         recorded = read_manifest(self.journal_folder).get("numerics", {}) if continued else {}
@@ -132,6 +127,7 @@ class Run:
         )
         self._meter = Meter(len(self.plan.parts), recipe.iters, self._backend.memory_bytes, on_progress)
         self._journal: Journal | None = None
+        self._lock: BaseFileLock | None = None  # of a journal that is there; held from before the first work on
         self._origin = origin(
             model, revision=recipe.revision, cache_dir=recipe.cache_dir, trust_remote_code=recipe.trust_remote_code
         )
@@ -157,6 +153,7 @@ class Run:
 
     def __iter__(self) -> Iterator[BlockDone]:
         """Do the work, one event per block; blocks that an interrupted run finished are reported as resumed."""
+        self._lock = hold(self.journal_folder)
         calibration = self._calibration() if self.recipe.needs_data and self.plan.specs else None
         if self._journal is None:
             self._journal = self._open_journal(calibration)
@@ -245,27 +242,18 @@ class Run:
 
     def _open_journal(self, calibration: Calibration | None) -> Journal:
         self._meter.phase("calibration", "hashing the source weights")
-        folder, source = self.journal_folder, self.model.source
         torch.set_num_threads(self._numerics.threads)
-        tokens = () if calibration is None else (("tokens", calibration.tokens_NT), ("valid", calibration.valid_NT))
-        settings = dataclasses.asdict(self.recipe)
-        manifest = {
-            "recipe": {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
-            | {"clip_search": self.recipe.searches_clips, "compensate": self.recipe.compensates},
-            "origin": self._origin,
-            "spec": dataclasses.asdict(self.plan.spec),
-            "plan": {path: dataclasses.asdict(spec) for path, spec in self.plan.specs.items()},
-            "source_sha256": digest((name, source.read(name)) for name in sorted(source.names())),
-            "calibration_sha256": digest(iter(tokens)),
-            "versions": {
-                "autoround": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "numerics": dataclasses.asdict(self._numerics),
-        }
-        journal = open_journal(folder, manifest, overwrite=self.recipe.overwrite)
-        named = dataclasses.replace(self.recipe, model=(self._origin or {}).get("model", ""))
+        manifest = manifest_of(
+            self.recipe,
+            self.plan,
+            self._numerics,
+            source=self.model.source,
+            calibration=calibration,
+            origin=self._origin,
+        )
+        folder, restart = self.journal_folder, self.recipe.overwrite or self.recipe.restart
+        journal = open_journal(folder, manifest, restart=restart)
+        named = dataclasses.replace(self.recipe, model=(self._origin or {}).get("model", ""), restart=False)
         config.write(named, folder / config.NAME)
         return journal
 

@@ -9,16 +9,18 @@ Layout of the folder::
     activations/0.safetensors     inputs of the block after an even one, and
     activations/1.safetensors     after an odd one, so that the last finished block's are always whole
 
-Every file is written under a temporary name, synced and renamed. A block's codes are written after its
-activations and so mark the block as finished.
+Every file is written under a temporary name, synced and renamed, and carries a checksum of its contents. A block's
+codes are written after its activations and so mark the block as finished.
 """
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,6 +35,8 @@ from autoround.func.types import AsymBlockCodes, Codes, IntCodes, SymBlockCodes
 MANIFEST, BLOCKS, ACTIVATIONS, LOCK = "manifest.json", "blocks", "activations", "lock"
 # Part of the manifest that may differ where a run goes on: the same weights may lie elsewhere now.
 ORIGIN = "origin"
+# Where a file keeps the checksum of the rest of it, and a safetensors file what is no tensor.
+SEAL, NOTES = "sha256", "notes"
 SHOWN_DIFFERENCES = 4
 _KINDS: Mapping[frozenset[str], type[Codes]] = {
     frozenset(kind._fields): kind for kind in (IntCodes, SymBlockCodes, AsymBlockCodes)
@@ -67,7 +71,7 @@ class Journal:
         """
         tensors = {f"{path}.{name}": tensor.cpu().contiguous()
                    for path, own in codes.items() for name, tensor in own._asdict().items()}  # fmt: skip
-        _save(self._block(index), tensors, {"stats": json.dumps(dict(stats))})
+        _save(self._block(index), tensors, {"stats": dict(stats)})
 
     def read_block(self, index: int) -> dict[str, Codes]:
         """Codes of a finished block by layer path relative to the block.
@@ -84,14 +88,18 @@ class Journal:
             if frozenset(fields) not in _KINDS:
                 raise JournalError(
                     f"{self._block(index)}: {path}: found {', '.join(sorted(fields))}; needed the fields of one kind "
-                    "of codes; start anew with --overwrite"
+                    "of codes; start anew with --restart"
                 )
         return {path: _KINDS[frozenset(fields)](**fields) for path, fields in layers.items()}
 
     def read_stats(self, index: int) -> dict[str, float]:
-        """Numbers kept with a finished block."""
-        _, metadata = _load(self._block(index), tensors=False)
-        stats: dict[str, float] = json.loads(metadata["stats"])
+        """Numbers kept with a finished block.
+
+        Raises:
+            JournalError: as ``read_block``; all of the file is checked.
+        """
+        _, notes = _load(self._block(index))
+        stats: dict[str, float] = notes["stats"]
         return stats
 
     def write_activations(self, index: int, tensors: Mapping[str, Tensor]) -> None:
@@ -99,7 +107,7 @@ class Journal:
         _save(
             self._slot(index),
             {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-            {"block": str(index)},
+            {"block": index},
         )
 
     def read_activations(self, index: int) -> dict[str, Tensor]:
@@ -108,11 +116,11 @@ class Journal:
         Raises:
             JournalError: they are missing, of another block, or damaged.
         """
-        tensors, metadata = _load(self._slot(index))
-        if metadata.get("block") != str(index):
+        tensors, notes = _load(self._slot(index))
+        if notes.get("block") != index:
             raise JournalError(
-                f"{self._slot(index)}: found activations of block {metadata.get('block')}; needed {index}; "
-                "start anew with --overwrite"
+                f"{self._slot(index)}: found activations of block {notes.get('block')}; needed {index}; "
+                "start anew with --restart"
             )
         return tensors
 
@@ -127,13 +135,13 @@ class Journal:
         return self.folder / ACTIVATIONS / f"{index % 2}.safetensors"
 
 
-def open_journal(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool = False) -> Journal:
+def open_journal(folder: Path, manifest: Mapping[str, Any], *, restart: bool = False) -> Journal:
     """Begin a journal, or continue the one in the folder if it is of the same run.
 
     Args:
         folder: made if missing.
         manifest: JSON-serializable description of everything that decides the codes.
-        overwrite: discard a journal that is there.
+        restart: discard a journal that is there.
 
     Raises:
         JournalError: the folder holds another run's journal (the message says what differs) or none of ours, is not
@@ -141,42 +149,71 @@ def open_journal(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool =
     """
     manifest = json.loads(json.dumps(manifest))
     there = (folder / MANIFEST).exists()
-    if there and not overwrite:
-        before, now = ({**each, ORIGIN: None} for each in (read_manifest(folder), manifest))
-        differences = list(_differences(before, now))
-        if differences:
-            shown = sorted(differences, key=lambda text: text.startswith("plan."))[:SHOWN_DIFFERENCES]
-            more = f" and {len(differences) - len(shown)} more" if len(differences) > len(shown) else ""
-            raise JournalError(
-                f"{folder}: found the journal of another run ({'; '.join(shown)}{more}); "
-                "use another --output_dir, or --overwrite to discard it"
-            )
+    if there and not restart:
+        _check_same(folder, read_manifest(folder), manifest)
         return Journal(folder, manifest, _locked(folder))
-    folder.mkdir(parents=True, exist_ok=True)
-    if not there and {file.name for file in folder.iterdir()} - {_partial(folder / MANIFEST).name, LOCK}:
-        raise JournalError(f"{folder}: found files that are not a journal; use another --output_dir or move them away")
+    with _reported(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not there and {file.name for file in folder.iterdir()} - {_partial(folder / MANIFEST).name, LOCK}:
+            raise JournalError(
+                f"{folder}: found files that are not a journal; use another --output_dir or move them away"
+            )
     lock = _locked(folder)
-    for name in (BLOCKS, ACTIVATIONS):
-        if (folder / name).exists():
-            shutil.rmtree(folder / name)
-    with _replacing(folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True))
+    with _reported(folder):
+        for name in (BLOCKS, ACTIVATIONS):
+            if (folder / name).exists():
+                shutil.rmtree(folder / name)
+    write_manifest(folder, manifest)
     return Journal(folder, manifest, lock)
+
+
+def _check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse the journal of another run by what differs."""
+    differences = list(_differences({**before, ORIGIN: None}, {**now, ORIGIN: None}))
+    if differences:
+        shown = sorted(differences, key=lambda text: text.startswith("plan."))[:SHOWN_DIFFERENCES]
+        more = f" and {len(differences) - len(shown)} more" if len(differences) > len(shown) else ""
+        raise JournalError(
+            f"{folder}: found the journal of another run ({'; '.join(shown)}{more}); "
+            "use another --output_dir, or --restart to discard it and begin anew"
+        )
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest of a journal, with a checksum.
+
+    Raises:
+        JournalError: the disk is full or not writable; a manifest that was there stays whole.
+    """
+    sealed = {**manifest, SEAL: _seal(manifest)}
+    with _replacing(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(sealed, indent=1, sort_keys=True))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a journal.
 
     Raises:
-        JournalError: there is none, or it is not JSON.
+        JournalError: there is none, it is not JSON, or not what was written.
     """
+    needed = "needed a journal's manifest as this version wrote it; start anew with --restart"
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise JournalError(
-            f"{folder / MANIFEST}: {error}; needed a journal's manifest; start anew with --overwrite"
-        ) from error
+        seal = manifest.pop(SEAL, None)
+    except (OSError, ValueError, AttributeError) as error:
+        raise JournalError(f"{folder / MANIFEST}: {error}; {needed}") from error
+    if seal != _seal(manifest):
+        raise JournalError(f"{folder / MANIFEST}: found contents that do not match their checksum; {needed}")
     return manifest
+
+
+def hold(folder: Path) -> BaseFileLock | None:
+    """The lock of a journal that some run has begun before; None where none has.
+
+    Raises:
+        JournalError: another process works on it.
+    """
+    return _locked(folder) if (folder / LOCK).exists() else None
 
 
 def _locked(folder: Path) -> BaseFileLock:
@@ -202,19 +239,32 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
             yield f"{prefix}{key}: was {before!r}, now {now!r}"
 
 
-def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    path.parent.mkdir(exist_ok=True)
+def _save(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+    with _reported(path):
+        path.parent.mkdir(exist_ok=True)
     with _replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        # one entry, since the library writes several in any order
+        save_file(tensors, temporary, {NOTES: json.dumps({**notes, SEAL: _seal(notes, tensors)})})
 
 
-def _load(path: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    needed = "needed a file of this journal; start anew with --restart"
     try:
         with safe_open(path, framework="pt") as handle:
-            names = list(handle.keys()) if tensors else []
-            return {name: handle.get_tensor(name) for name in names}, handle.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise JournalError(f"{path}: {error}; needed a file of this journal; start anew with --overwrite") from error
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  not a dict
+            notes: dict[str, Any] = json.loads((handle.metadata() or {}).get(NOTES, "{}"))
+            sealed = notes.pop(SEAL, None) == _seal(notes, tensors)
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        raise JournalError(f"{path}: {error}; {needed}") from error
+    if not sealed:
+        raise JournalError(f"{path}: found contents that do not match their checksum; {needed}")
+    return tensors, notes
+
+
+def _seal(notes: Mapping[str, Any], tensors: Mapping[str, Tensor] = MappingProxyType({})) -> str:
+    """A checksum of what a file holds."""
+    text = json.dumps(dict(notes), sort_keys=True) + digest((name, tensors[name]) for name in sorted(tensors))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _partial(path: Path) -> Path:
@@ -225,28 +275,35 @@ def _partial(path: Path) -> Path:
 def _replacing(path: Path) -> Iterator[Path]:
     """A temporary name that becomes ``path``, synced, when the block ends well, and vanishes when it does not."""
     temporary = _partial(path)
+    with _reported(path):
+        try:
+            yield temporary
+            with temporary.open("rb") as handle:
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Failures to write, with what to do."""
     try:
-        yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
+        yield
     except (OSError, SafetensorError) as error:
         raise JournalError(
             f"{path}: {error}; needed a writable folder with space; run again when there is: finished blocks are kept"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def digest(tensors: Iterator[tuple[str, Tensor]]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of tensors, one at a time."""
-    import hashlib
-
     total = hashlib.sha256()
     for name, tensor in tensors:
         total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())

@@ -124,7 +124,8 @@ def _stopped(words: list[str]) -> str:
     """What is left of a command that was stopped and does not say so itself."""
     if words and words[0] in SUBCOMMANDS:
         return f"stopped; repeat auto-round {words[0]} to begin again"
-    again = "repeat the command without --overwrite" if "--overwrite" in words else "repeat the command"
+    anew = " or ".join(word for word in ("--overwrite", "--restart") if word in words)
+    again = f"repeat the command without {anew}" if anew else "repeat the command"
     return f"stopped; blocks finished so far are kept: {again} to go on"
 
 

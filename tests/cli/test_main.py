@@ -141,7 +141,15 @@ def test_a_defect_of_this_package_is_not_hidden() -> None:
         main(["m"], quantize=StubEngine(failure=ZeroDivisionError()))
 
 
-@pytest.mark.parametrize(("flags", "how"), [([], ""), (["--overwrite"], " without --overwrite")])
+@pytest.mark.parametrize(
+    ("flags", "how"),
+    [
+        ([], ""),
+        (["--overwrite"], " without --overwrite"),
+        (["--restart"], " without --restart"),
+        (["--restart", "--overwrite"], " without --overwrite or --restart"),
+    ],
+)
 def test_an_interrupt_says_how_to_go_on(flags: list[str], how: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["m", *flags], quantize=StubEngine(failure=KeyboardInterrupt())) == 130
     assert capsys.readouterr().err.splitlines()[-1] == (

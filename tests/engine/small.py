@@ -1,7 +1,6 @@
 """Tiny random models, recipes for them, and what a run leaves behind."""
 
 import hashlib
-import json
 import shutil
 from itertools import islice
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers import (
 
 from autoround import func
 from autoround.engine import Run, quantize
-from autoround.journal import MANIFEST, Journal
+from autoround.journal import Journal, read_manifest, write_manifest
 from autoround.progress import BlockDone
 from autoround.recipe import Recipe
 
@@ -93,10 +92,10 @@ def pin(model: PreTrainedModel | Path, made: Recipe, **numerics: Any) -> Recipe:
     """Let a journal begin that records other numerics than the backend would choose; the recipe, to go on with."""
     stopped(model, made, after=1)
     journal = Path(f"{made.output_dir}.journal")
-    manifest = json.loads((journal / MANIFEST).read_text())
+    manifest = read_manifest(journal)
     assert set(numerics) <= set(manifest["numerics"])
     manifest["numerics"] |= numerics
-    (journal / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(journal, manifest)
     for name in ("blocks", "activations"):
         shutil.rmtree(journal / name)
     return made

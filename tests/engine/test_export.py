@@ -1,6 +1,5 @@
 """Checkpoints from a journal alone."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from autoround.cli.main import main
 from autoround.errors import FormatError, JournalError, ModelError, UsageError
 from autoround.export import Target, export_journal
 from autoround.hub import load
-from autoround.journal import MANIFEST
+from autoround.journal import read_manifest, write_manifest
 from tests.engine.small import hashes, logits, make, recipe, replaced, stopped, tune
 
 FORMATS = ("auto_round", "auto_round:gptqmodel", "gptq_v2", "auto_awq", "llm_compressor", "fake")
@@ -117,9 +116,9 @@ def test_refusals(source: Path, tmp_path: Path) -> None:
         export_journal(journal, target(tmp_path, "nope"))
     with pytest.raises(JournalError, match="manifest.json: .*; needed a journal's manifest"):
         export_journal(tmp_path, target(tmp_path, "fake"))
-    manifest = json.loads((journal / MANIFEST).read_text())
+    manifest = read_manifest(journal)
     del manifest["spec"]
-    (journal / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(journal, manifest)
     with pytest.raises(JournalError, match="manifest.json: found no spec; needed the manifest of a run"):
         export_journal(journal, target(tmp_path, "fake"))
     assert not (tmp_path / "late").exists()

@@ -15,9 +15,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from autoround.config import read
 from autoround.engine import Run, quantize
-from autoround.errors import JournalError
-from autoround.journal import open_journal
+from autoround.errors import FormatError, JournalError
+from autoround.journal import open_journal, read_manifest
 from autoround.progress import Progress
 from autoround.recipe import Recipe
 from tests.engine.small import VOCABULARY, codes, hashes, make, recipe, rows, stopped, tune
@@ -201,9 +202,7 @@ def test_another_run_is_refused_by_what_differs(change: str, model: PreTrainedMo
     stopped(model, recipe(tmp_path), after=1)
     before = hashes(tmp_path)
     run = quantize(changed() if changed else model, recipe(tmp_path, **settings))
-    with pytest.raises(
-        JournalError, match=rf"out\.journal: found the journal of another run.*{difference}.*--overwrite"
-    ):
+    with pytest.raises(JournalError, match=rf"out\.journal: found the journal of another run.*{difference}.*--restart"):
         next(iter(run))
     assert hashes(tmp_path) == before
 
@@ -221,6 +220,21 @@ def test_overwrite_starts_anew(whole: Run, model: PreTrainedModel, tmp_path: Pat
     run, resumed = went_on(model, recipe(tmp_path, overwrite=True))
     assert resumed == [False] * 3
     assert output(run) == output(whole)
+
+
+def test_restart_discards_the_journal_alone(whole: Run, model: PreTrainedModel, tmp_path: Path) -> None:
+    """The folder of the earlier run is replaced when the new one is written; one without a journal is not touched."""
+    went_on(model, recipe(tmp_path, iters=3))
+    before = hashes(tmp_path / "out")
+    run = quantize(model, recipe(tmp_path, restart=True))
+    assert [done.resumed for done in run] == [False] * 3
+    assert hashes(tmp_path / "out") == before
+    run.export()
+    assert output(run) == output(whole)
+    assert not read(run.journal_folder / "run.yaml")["restart"]  # which goes on where it was stopped
+    shutil.rmtree(run.journal_folder)
+    with pytest.raises(FormatError, match="out: found other files; needed an empty folder; .*--overwrite"):
+        quantize(model, recipe(tmp_path, restart=True))
 
 
 def test_overwrite_does_not_take_what_is_no_journal(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -254,11 +268,10 @@ def test_a_damaged_journal_is_named(damage: str, model: PreTrainedModel, tmp_pat
     stopped(model, recipe(tmp_path), after=2)
     name, spoil = DAMAGES[damage]
     spoil(tmp_path / "out.journal" / name)
-    needed = r"out\.journal: found the journal of another run" if damage == "empty manifest" else name
-    with pytest.raises(JournalError, match=rf"{needed}.*--overwrite"):
+    with pytest.raises(JournalError, match=rf"{name}.*--restart"):
         quantize(model, recipe(tmp_path)).export()
     assert not (tmp_path / "out").exists()
-    _, resumed = went_on(model, recipe(tmp_path, overwrite=True))
+    _, resumed = went_on(model, recipe(tmp_path, restart=True))
     assert resumed == [False] * 3
 
 
@@ -278,12 +291,12 @@ def test_activations_of_another_block_are_refused(model: PreTrainedModel, tmp_pa
     stopped(model, recipe(tmp_path), after=2)
     slots = tmp_path / "out.journal" / "activations"
     shutil.copy(slots / "0.safetensors", slots / "1.safetensors")
-    with pytest.raises(JournalError, match=r"1\.safetensors: found activations of block 0; needed 1; .*--overwrite"):
+    with pytest.raises(JournalError, match=r"1\.safetensors: found activations of block 0; needed 1; .*--restart"):
         list(quantize(model, recipe(tmp_path)))
 
 
 def test_a_journal_keeps_codes_exactly(whole: Run) -> None:
-    journal = open_journal(whole.journal_folder, json.loads((whole.journal_folder / "manifest.json").read_text()))
+    journal = open_journal(whole.journal_folder, read_manifest(whole.journal_folder))
     assert journal.finished() == 3
     for own in codes(whole).values():
         assert [tensor.dtype for tensor in own] == [torch.uint8, torch.float16, torch.uint8]
