@@ -318,7 +318,6 @@ class Run:
             self.model,
             calibration.tokens_NT.to(home),
             calibration.valid_NT.to(home),
-            blocks=[block.path for block in self.plan.blocks],
             batch_size=self.recipe.batch_size,
             device=self._device,
             dtype=self._numerics.torch_dtype,

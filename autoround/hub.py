@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -26,6 +26,8 @@ from autoround.formats.stored import METHODS, Stored, stored
 from autoround.model.buffers import refill
 from autoround.model.load import gguf_file
 from autoround.model.names import Pieces, match_names
+from autoround.model.oddities import mark_experts
+from autoround.model.skeleton import auto_class
 from autoround.model.source import read_header
 
 
@@ -58,6 +60,7 @@ class PackedQuantizer(HfQuantizer):
             layer = _layer(model.get_submodule(path), tensors[key.removesuffix(".weight")], layout, path)
             model.set_submodule(path, layer)
             _skip_initialization(layer, model.get_submodule(path.rpartition(".")[0]))
+        mark_experts(model)
         stacks: dict[str, dict[str, Pieces]] = {}
         for name, pieces in names.stacked.items():
             path, _, stack = name.rpartition(".")
@@ -168,7 +171,8 @@ def load(
         raise ModelError(f"{path}: found no config.json; needed a folder written by auto-round or by transformers")
     try:
         with register(METHODS):
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            model: PreTrainedModel = auto_class(config).from_pretrained(
                 path, dtype=dtype or "auto", device_map=device, trust_remote_code=trust_remote_code
             )
     except (OSError, SafetensorError) as error:
@@ -209,14 +213,15 @@ def _experts(
     """What stands in for a module of experts."""
     layers: dict[str, list[dict[str, nn.Module]]] = {}
     for stack, pieces in stacks.items():
-        _, rows, columns = module.get_parameter(stack).shape
+        weight = module.get_parameter(stack)
+        _, rows, columns = (weight.mT if module.is_transposed else weight).shape
         blank = nn.Linear(columns, rows // len(pieces[0]), bias=False, device="meta")
         layers[stack] = []
         for expert, keys in enumerate(pieces):
             names = [key.removesuffix(".weight") for key in keys]
             layers[stack].append({name.rpartition(".")[2]: _layer(blank, tensors[name], layout, f"{path}.{expert}")
                                   for name in names})  # fmt: skip
-    return PackedExperts(module, layers, path)
+    return PackedExperts(module, layers)
 
 
 def _layer(linear: nn.Module, tensors: dict[str, Tensor], layout: Stored, path: str) -> nn.Module:

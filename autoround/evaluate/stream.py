@@ -190,9 +190,7 @@ def _meter(
 def _run_blocks(model: OpenModel, rows: Rows, streaming: Streaming, on_block: Callable[[int, int], None]) -> _Ended:
     """Pass all rows through all blocks."""
     blocks, device = find_blocks(model.skeleton), streaming.device
-    hidden_NTD, templates = capture(
-        model, *rows, blocks=blocks, batch_size=streaming.batch_size, device=device, dtype=streaming.dtype
-    )
+    hidden_NTD, templates = capture(model, *rows, batch_size=streaming.batch_size, device=device, dtype=streaming.dtype)
     items: list[int] = []
     for index, (path, template) in enumerate(zip(blocks, templates, strict=True)):
         on_block(index + 1, len(blocks))

@@ -86,7 +86,6 @@ def blank(run: Run) -> BlankRun:
         model,
         torch.zeros(_ROWS, run.recipe.seqlen, dtype=torch.int64),
         torch.ones(_ROWS, run.recipe.seqlen, dtype=torch.bool),
-        blocks=[block.path for block in run.plan.blocks],
         batch_size=_ROWS,
         dtype=run.numerics.torch_dtype,
     )

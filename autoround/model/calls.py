@@ -31,7 +31,8 @@ class Seen(NamedTuple):
         hidden: the hidden states it was called with.
         names: where each leaf is in ``(args, kwargs)``.
         leaves: flat arguments, ``Hidden`` in place of the hidden states.
-        spec: how the leaves nest.
+        spec: how the leaves nest: as ``(args, kwargs)``, or ``(args, kwargs, added)`` where the model added something
+            to the hidden states that the block before returned.
         follows: whether the hidden states are those that the block before it returned.
     """
 
@@ -76,7 +77,7 @@ class CallTemplate:
 
     Attributes:
         leaves: flat arguments: ``Hidden``, ``Fresh``, ``Shared``, ``PerSample`` or a constant.
-        spec: how they nest as ``(args, kwargs)``.
+        spec: how they nest, as ``(args, kwargs)`` or ``(args, kwargs, added)``.
     """
 
     leaves: tuple[Any, ...]
@@ -93,14 +94,14 @@ class CallTemplate:
 
         def fill(leaf: Any) -> Any:
             if isinstance(leaf, Hidden):
-                return hidden_BTD
+                return hidden_BTD + fill(self.leaves[-1]) if self.spec.num_children == 3 else hidden_BTD
             if isinstance(leaf, PerSample):
                 return leaf.take(rows, device)
             if isinstance(leaf, Fresh):
                 return {}
             return leaf.tensor.to(device) if isinstance(leaf, Shared) else leaf
 
-        args, kwargs = tree_unflatten([fill(leaf) for leaf in self.leaves], self.spec)
+        args, kwargs, *_ = tree_unflatten([fill(leaf) for leaf in self.leaves], self.spec)
         return Call(args, kwargs)
 
 

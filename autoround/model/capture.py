@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from autoround.errors import ModelError
+from autoround.model.blocks import find_blocks
 from autoround.model.calls import CallTemplate as CallTemplate
 from autoround.model.calls import Seen, Tape, check_constants
 from autoround.model.carry import attach, fold
 from autoround.model.load import OpenModel
+from autoround.model.media import NO_MEDIA, Media
 from autoround.model.record import RecordingModel
 
 # How far equal tensors of batches of different size may lie apart: they are computed by other kernels.
@@ -39,8 +41,8 @@ def capture(
     tokens_NT: Tensor,
     valid_NT: Tensor,
     *,
-    blocks: Sequence[str],
     batch_size: int,
+    media: Media = NO_MEDIA,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Captured:
@@ -50,8 +52,8 @@ def capture(
         model: an opened model; its blocks learn to carry what they hand to later ones, see ``attach``.
         tokens_NT: int64 token ids. What is captured is kept on their device.
         valid_NT: bool, False for padding tokens.
-        blocks: paths of all blocks in call order, from ``find_blocks``.
         batch_size: rows in a forward; it need not divide N.
+        media: what the rows have beside tokens.
         device: where forwards run.
         dtype: floating-point dtype in which they run.
 
@@ -60,18 +62,23 @@ def capture(
             an argument is neither tensor nor constant, has no recognizable batch axis, or depends on the outputs of
             other blocks.
     """
-    recording = RecordingModel(model, blocks, torch.device(device), dtype)
+    recording = RecordingModel(model, find_blocks(model.skeleton), torch.device(device), dtype)
     padded = (~valid_NT.all(dim=1)).nonzero().flatten()[:1]
+    first = padded.new_full((1,), media.richest)
+    last = torch.cat([padded, first[: len(media)]])
 
     def run(rows_B: Tensor, shift: float = 0.0) -> list[Seen]:
-        """With padding anywhere, every forward ends with a padded row: then masks are built for all batches alike."""
-        rows_B = torch.cat([rows_B, padded])
-        return recording(tokens_NT[rows_B], valid_NT[rows_B] if len(padded) else None, shift=shift)
+        """Every forward ends with a padded row and one with images, if there are any: then it makes the same calls."""
+        rows_B = torch.cat([rows_B, last])
+        mask = valid_NT[rows_B] if len(padded) else None
+        return recording(tokens_NT[rows_B], mask, shift=shift, media=media.take(rows_B))
 
-    first = padded.new_zeros(1)
     one, two = run(first), run(first.repeat(2), shift=1.0)
-    _check_flow(one)
     attach(model.skeleton, one)
+    if not all(call.follows for call in one):
+        recording.part_additions()
+        one, two = run(first), run(first.repeat(2), shift=1.0)
+        _check_flow(one, two)
     one, two = _folded(one), _folded(two)
     tape = Tape(one, [_batch_axes(*calls) for calls in zip(one, two, strict=True)], tokens_NT.device)
     hidden_NTD = torch.empty(*tokens_NT.shape, *one[0].hidden.shape[2:], dtype=dtype, device=tokens_NT.device)
@@ -86,9 +93,11 @@ def _folded(calls: Sequence[Seen]) -> list[Seen]:
     return [call._replace(hidden=fold(call.hidden)) for call in calls]
 
 
-def _check_flow(calls: Sequence[Seen]) -> None:
-    for before, call in pairwise(calls):
-        if not call.follows:
+def _check_flow(one: Sequence[Seen], two: Sequence[Seen]) -> None:
+    """Whatever blocks return, the model adds the same to it."""
+    for (before, _), (call, other) in pairwise(zip(one, two, strict=True)):
+        added, again = (each.leaves[-1][..., :1, :, :] for each in (call, other))
+        if not torch.allclose(added.float(), again.float(), rtol=_TOLERANCE, atol=_TOLERANCE):
             raise ModelError(
                 f"{call.block}: found hidden states that the model changes after {before.block}; needed those that it "
                 "returned; this model is not supported yet"

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from autoround.model.carry import strip
 from autoround.model.load import OpenModel
+from autoround.model.media import NO_MEDIA, Media
 from autoround.model.record import RecordingModel
 
 
@@ -60,15 +61,13 @@ class Ending(RecordingModel):
         self, model: OpenModel, blocks: Sequence[str], head: str, device: torch.device, dtype: torch.dtype
     ) -> None:
         super().__init__(model, [*blocks, head], device, dtype)
-        inside = RecordingModel(model, blocks, device, dtype)
-        inside(torch.zeros(1, 1, dtype=torch.int64), None, shift=0.0)  # finds out what blocks return
-        self.set_items(inside.items)
+        self._inside = RecordingModel(model, blocks, device, dtype)
         self._last = model.skeleton.get_submodule(blocks[-1])
         self._hidden_BTD = torch.empty(0)
         self._recorders[-2].register_forward_hook(self._replace)
 
     def head_inputs(
-        self, hidden_NTD: Tensor, tokens_NT: Tensor, valid_NT: Tensor, *, batch_size: int
+        self, hidden_NTD: Tensor, tokens_NT: Tensor, valid_NT: Tensor, *, batch_size: int, media: Media = NO_MEDIA
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """What the head is called with, batch by batch.
 
@@ -77,6 +76,7 @@ class Ending(RecordingModel):
             tokens_NT: int64, the token ids that they belong to.
             valid_NT: bool, False for padding tokens.
             batch_size: rows in a forward; it need not divide N.
+            media: what the rows have beside tokens.
 
         Returns:
             (input_BTD, valid_BT) pairs.
@@ -84,13 +84,15 @@ class Ending(RecordingModel):
         Raises:
             ModelError: the model does not call its head once, after the blocks and with hidden states.
         """
-        padded = not bool(valid_NT.all())
+        padded, first = not bool(valid_NT.all()), torch.zeros(1, dtype=torch.int64)
+        self._inside(tokens_NT[first], None, shift=0.0, media=media.take(first))  # finds out what blocks return
+        self.set_items(self._inside.items)
         for rows_B in torch.arange(len(tokens_NT)).split(batch_size):
             self._hidden_BTD, valid_BT = (
                 strip(self._last, hidden_NTD[rows_B]).to(self._device),
                 valid_NT[rows_B].to(self._device),
             )
-            calls = self(tokens_NT[rows_B].to(self._device), valid_BT if padded else None, shift=0.0)
+            calls = self(tokens_NT[rows_B], valid_BT if padded else None, shift=0.0, media=media.take(rows_B))
             yield calls[-1].hidden, valid_BT
 
     def _replace(self, module: nn.Module, args: Any, output: Any) -> Any:

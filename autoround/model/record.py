@@ -1,9 +1,14 @@
-"""A model in which recorders stand in for the blocks, and whose other weights are read when they are first used."""
+"""A model in which recorders stand in for the blocks, and whose other weights are read when they are first used.
+
+What a model adds to hidden states between blocks, as Qwen3-VL does with image features, is recorded as one more
+argument of the block that follows.
+"""
 
 import contextlib
 import copy
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,11 +19,13 @@ from transformers import PreTrainedModel
 from autoround.errors import ModelError
 from autoround.model.calls import Fresh, Hidden, Seen
 from autoround.model.load import OpenModel
+from autoround.model.skeleton import sees_images
 from autoround.model.source import WeightSource
 
 _HIDDEN = "hidden_states"
 # The longest tuple that models unpack what their blocks return into.
 _MOST_ITEMS = 4
+_NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
@@ -33,7 +40,7 @@ class RecordingModel:
     """
 
     def __init__(self, model: OpenModel, blocks: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
-        skeleton, self._blocks, self._device = model.skeleton, list(blocks), device
+        skeleton, self._blocks, self._device, self._dtype = model.skeleton, list(blocks), device, dtype
         self._seen: list[Seen] = []
         self._flow = _Flow()
         self._recorders = [_Recorder(path, skeleton.get_submodule(path), self._seen, self._flow) for path in blocks]
@@ -48,13 +55,16 @@ class RecordingModel:
             load = partial(_load, source=model.source, path=path, device=device, dtype=dtype)
             module.register_forward_pre_hook(load)
 
-    def __call__(self, tokens_BT: Tensor, valid_BT: Tensor | None, *, shift: float) -> list[Seen]:
+    def __call__(
+        self, tokens_BT: Tensor, valid_BT: Tensor | None, *, shift: float, media: Mapping[str, Tensor] = _NOTHING
+    ) -> list[Seen]:
         """Run a forward up to the last block.
 
         Args:
             tokens_BT: int64 token ids.
             valid_BT: bool, False for padding tokens; None gives the model no mask.
             shift: added to the hidden states that blocks return.
+            media: other arguments of the model.
 
         Returns:
             The call of every block.
@@ -63,9 +73,15 @@ class RecordingModel:
             ModelError: blocks are not called once each in the order given, or not with hidden states (B, T, D) or
                 several streams of them, (S, B, T, D).
         """
-        calls = self._run(tokens_BT, valid_BT, shift)
+        for recorder in self._recorders:
+            recorder.shift = shift
+        mask = None if valid_BT is None else valid_BT.long().to(self._device)
+        own = {name: tensor.to(self._device, self._dtype if tensor.is_floating_point() else tensor.dtype)
+               for name, tensor in media.items()}  # fmt: skip
+        calls = self._run({"input_ids": tokens_BT.to(self._device), "attention_mask": mask, **own})
         called = [call.block for call in calls]
         if called != self._blocks:
+            self._refuse_blindness(called, media)
             raise ModelError(
                 f"{type(self._model).__name__}: found calls of {', '.join(called[:4]) or 'no block'}, …; needed "
                 f"{self._blocks[0]} … {self._blocks[-1]} once each in this order; this model is not supported yet"
@@ -75,6 +91,10 @@ class RecordingModel:
             if len(shape) < 3 or shape[-3:-1] != tokens_BT.shape:
                 raise ModelError(f"{call.block}: found hidden states of shape {shape}; needed (batch, tokens, size)")
         return calls
+
+    def part_additions(self) -> None:
+        """From now on, record what the model adds between blocks as an argument, which comes last."""
+        self._flow.forgets = True
 
     @property
     def items(self) -> int:
@@ -86,12 +106,20 @@ class RecordingModel:
         for recorder in self._recorders:
             recorder.items = items
 
-    def _run(self, tokens_BT: Tensor, valid_BT: Tensor | None, shift: float) -> list[Seen]:
+    def _refuse_blindness(self, called: Sequence[str], media: Mapping[str, Tensor]) -> None:
+        left_out = [block for block in self._blocks if block not in called]
+        if left_out and not media and sees_images(self._model.config):
+            raise ModelError(
+                f"{left_out[0]}: found no call of this block for text alone; needed rows with images, which it attends "
+                "to; give a --dataset of messages with images"
+            )
+
+    def _run(self, arguments: Mapping[str, Any]) -> list[Seen]:
         """The calls of a forward, with as many items from each block as the model takes."""
         for items in range(self.items, _MOST_ITEMS + 1):
             self.set_items(items)
             try:
-                calls = self._run_once(tokens_BT, valid_BT, shift)
+                calls = self._run_once(arguments)
             except ModelError:
                 raise
             except ValueError:  # from unpacking, unless no number of items helps
@@ -102,14 +130,11 @@ class RecordingModel:
                     break
         return calls
 
-    def _run_once(self, tokens_BT: Tensor, valid_BT: Tensor | None, shift: float) -> list[Seen]:
+    def _run_once(self, arguments: Mapping[str, Any]) -> list[Seen]:
         self._seen.clear()
         self._flow.hidden = None
-        for recorder in self._recorders:
-            recorder.shift = shift
-        mask = None if valid_BT is None else valid_BT.long().to(self._device)
         with contextlib.suppress(_Stop), torch.no_grad():
-            self._model(input_ids=tokens_BT.to(self._device), attention_mask=mask, use_cache=False)
+            self._model(**arguments, use_cache=False)
         return list(self._seen)
 
 
@@ -118,9 +143,10 @@ class _Stop(Exception):
 
 
 class _Flow:
-    """The hidden states that the last recorder returned."""
+    """The hidden states that the last recorder returned, zeros where it forgets its own."""
 
     hidden: Tensor | None = None
+    forgets = False
 
     def reaches(self, hidden: Tensor) -> bool:
         """Whether these are the same ones, or there are none yet."""
@@ -143,7 +169,9 @@ class _Recorder(nn.Module):
         hidden = args[0] if args else kwargs.get(_HIDDEN)
         if not isinstance(hidden, Tensor):
             raise ModelError(f"{self.path}: found a call without hidden states; needed them first or as {_HIDDEN}=")
-        own = ((Hidden(), *args[1:]), kwargs) if args else ((), {**kwargs, _HIDDEN: Hidden()})
+        own: tuple[Any, ...] = ((Hidden(), *args[1:]), kwargs) if args else ((), {**kwargs, _HIDDEN: Hidden()})
+        if self.flow.forgets and self.flow.hidden is not None:
+            own = (*own, hidden - self.shift)
         flat, spec = tree_flatten_with_path(own)
         names, leaves = tuple(keystr(path) for path, _ in flat), tuple(_fresh(leaf) for _, leaf in flat)
         for name, leaf in zip(names, leaves, strict=True):
@@ -155,6 +183,7 @@ class _Recorder(nn.Module):
         self.seen.append(Seen(self.path, hidden, names, leaves, spec, self.flow.reaches(hidden)))
         if self.is_last:
             raise _Stop
+        hidden = torch.zeros_like(hidden) if self.flow.forgets else hidden
         self.flow.hidden = hidden = hidden + self.shift if self.shift else hidden
         return (hidden, *[None] * (self.items - 1)) if self.items else hidden
 
@@ -174,10 +203,14 @@ def _fresh(leaf: Any) -> Any:
 def _load(
     module: nn.Module, args: object, *, source: WeightSource, path: str, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Replace a module's own meta parameters by the stored ones."""
+    """Replace a module's own meta parameters by the stored ones, and that by which a model tells its device."""
     del args
-    for name, parameter in module.named_parameters(recurse=False):
+    own = dict(module.named_parameters(recurse=False))
+    if isinstance(module, PreTrainedModel):
+        own.update([next(module.named_parameters())])
+    for name, parameter in own.items():
         if parameter.is_meta:
             tensor = source.read(f"{path}.{name}" if path else name)
             tensor = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-            setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+            owner, _, last = name.rpartition(".")
+            setattr(module.get_submodule(owner), last, nn.Parameter(tensor, requires_grad=False))

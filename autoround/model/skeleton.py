@@ -5,13 +5,42 @@ import copy
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from autoround.errors import ModelError
+from autoround.model.oddities import mark_experts
+
+
+def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """The class of transformers that builds a model: of images and text where the configuration is of such a model,
+    unless it names the language model alone.
+
+    >>> from transformers import LlamaConfig, LlavaConfig
+    >>> auto_class(LlamaConfig()).__name__, auto_class(LlavaConfig()).__name__
+    ('AutoModelForCausalLM', 'AutoModelForImageTextToText')
+    """
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForCausalLM
+    text_only = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    both = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    named = text_only is not both and text_only is not None and text_only.__name__ in (config.architectures or ())
+    return AutoModelForCausalLM if named else AutoModelForImageTextToText
+
+
+def sees_images(config: PreTrainedConfig) -> bool:
+    """Whether a model takes images beside text."""
+    return auto_class(config) is AutoModelForImageTextToText
 
 
 def build_skeleton(config: PreTrainedConfig, where: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build a causal language model from its configuration, in eval mode.
+    """Build a language model, or one of images and text, from its configuration, in eval mode.
 
     Args:
         config: is not changed.
@@ -22,22 +51,26 @@ def build_skeleton(config: PreTrainedConfig, where: str, *, trust_remote_code: b
         The model; parameters are float32 on the meta device, buffers hold their initial values.
 
     Raises:
-        ModelError: not an architecture of a causal language model, or one that cannot be built.
+        ModelError: not an architecture of such a model, or one that cannot be built.
     """
-    custom = trust_remote_code and AutoModelForCausalLM.__name__ in config.to_dict().get("auto_map", {})
-    if (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not custom) or config.is_encoder_decoder:
+    kind = auto_class(config)
+    custom = trust_remote_code and kind.__name__ in config.to_dict().get("auto_map", {})
+    known = kind is AutoModelForImageTextToText or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not (known or custom) or config.is_encoder_decoder:
         raise ModelError(
             f"{where}: found model type {config.model_type}; needed a decoder-only language model "
-            "(AutoModelForCausalLM); other architectures are not supported yet"
+            "(AutoModelForCausalLM) or one of images and text (AutoModelForImageTextToText); other architectures are "
+            "not supported yet"
         )
     try:
         with init_empty_weights(include_buffers=False):
-            skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(
+            skeleton: PreTrainedModel = kind.from_config(
                 copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
             )
     except (ValueError, ImportError, OSError) as error:
         raise ModelError(f"{where}: found a {config.model_type} configuration that cannot be built: {error}") from error
     skeleton.tie_weights()
+    mark_experts(skeleton)
     return skeleton.requires_grad_(False).eval()
 
 
@@ -48,4 +81,6 @@ def copy_skeleton(module: PreTrainedModel) -> PreTrainedModel:
         for parameter in module.parameters()
     }
     memo.update({id(buffer): buffer.detach().clone().cpu() for buffer in module.buffers()})
-    return copy.deepcopy(module, memo).eval()
+    skeleton = copy.deepcopy(module, memo).eval()
+    mark_experts(skeleton)
+    return skeleton

@@ -22,8 +22,7 @@ CPU = {"batch_size": 2, "device": "cpu", "dtype": torch.float32}
 
 
 def _captured(model: OpenModel, *, padded: bool, **settings: Any) -> Captured:
-    blocks, valid_NT = find_blocks(model.skeleton), tiny.validity(padded=padded)
-    return capture(model, tiny.tokens(), valid_NT, blocks=blocks, **(CPU | settings))
+    return capture(model, tiny.tokens(), tiny.validity(padded=padded), **(CPU | settings))
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])

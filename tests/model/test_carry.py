@@ -44,7 +44,7 @@ def test_shared_keys_and_values_travel_beside_the_hidden_states() -> None:
     original = _gemma4()
     model, valid_NT = open_model(original), tiny.validity(padded=True)
     blocks = find_blocks(model.skeleton)
-    captured = capture(model, tiny.tokens(), valid_NT, blocks=blocks, batch_size=2)
+    captured = capture(model, tiny.tokens(), valid_NT, batch_size=2)
     outputs = tiny.chained_outputs(model, blocks, captured, batch_size=3)
     sliding, full = 2 * 2 * 16, 2 * 2 * 32  # keys and values of two heads
     assert [output.shape[-1] - 32 for output in outputs] == [sliding, sliding + full, sliding + full, sliding + full]
@@ -57,7 +57,7 @@ def test_shared_keys_and_values_travel_beside_the_hidden_states() -> None:
 def test_blocks_that_carry_other_things_share_no_step() -> None:
     model = open_model(_gemma4())
     blocks = find_blocks(model.skeleton)
-    capture(model, tiny.tokens(), tiny.validity(padded=False), blocks=blocks, batch_size=5)
+    capture(model, tiny.tokens(), tiny.validity(padded=False), batch_size=5)
     one, two = (model.skeleton.get_submodule(path) for path in blocks[:2])
     before = func.make_block_fn(two).signature
     vars(two)["carried"] = vars(one)["carried"]
@@ -95,9 +95,7 @@ def _odd(way: str) -> LlamaForCausalLM:
 
 
 def _captured(module: LlamaForCausalLM) -> Any:
-    model = open_model(module)
-    blocks = find_blocks(model.skeleton)
-    return capture(model, tiny.tokens(), tiny.validity(padded=False), blocks=blocks, batch_size=2)
+    return capture(open_model(module), tiny.tokens(), tiny.validity(padded=False), batch_size=2)
 
 
 def test_models_may_unpack_what_blocks_return() -> None:

@@ -94,7 +94,7 @@ def test_small_file_computes_what_transformers_computes(tmp_path: Path) -> None:
     model = open_model(tmp_path / "tiny.gguf")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")
     blocks, valid_NT = find_blocks(model.skeleton), tiny.validity(padded=True)
-    captured = capture(model, tiny.tokens(), valid_NT, blocks=blocks, batch_size=2)
+    captured = capture(model, tiny.tokens(), valid_NT, batch_size=2)
     expected = tiny.block_outputs(loaded, blocks, tiny.tokens(), valid_NT)[-1]
     output = tiny.chained_outputs(model, blocks, captured, batch_size=2)[-1]
     torch.testing.assert_close(output[valid_NT], expected[valid_NT], rtol=1e-5, atol=1e-5)
