@@ -24,6 +24,7 @@ class LayerShape:
         linear: False for other kinds of module, such as GPT-2's Conv1D.
         experts: how many are stacked in it; 0 where it is a single matrix.
         parts: matrices of an expert whose rows lie one below the other, each with a name of its own in checkpoints.
+        whole: checkpoints hold all its experts in one tensor.
         fixed: why it stays in high precision whatever anybody wants; empty where it need not.
     """
 
@@ -34,12 +35,23 @@ class LayerShape:
     linear: bool = True
     experts: int = 0
     parts: int = 1
+    whole: bool = False
     fixed: str = ""
 
     @property
     def parameter(self) -> str:
         """Name of the parameter that holds the weight."""
         return self.path if self.experts else f"{self.path}.weight"
+
+    @property
+    def pieces(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the matrices of a stack that checkpoints hold whole, where a layout stores them one by one.
+
+        >>> LayerShape(path="mlp.experts.down_proj", out_features=16, in_features=8, experts=2, whole=True).pieces
+        (('mlp.experts.0.down_proj.weight',), ('mlp.experts.1.down_proj.weight',))
+        """
+        module, _, stack = self.path.rpartition(".")
+        return tuple((f"{module}.{expert}.{stack}.weight",) for expert in range(self.experts))
 
     @property
     def rows(self) -> int:
@@ -91,6 +103,7 @@ class FormatRules:
         scale_dtypes: of the scales it stores; empty means any.
         linear_only: its loaders replace linear modules only, not a Conv1D.
         head: it holds a quantized output head.
+        whole_experts: it holds the experts of models whose checkpoints have them in one tensor.
         file_type: of GGUF, which decides the plan alone; empty for layouts of integer codes.
         any_grid: it holds codes of every grid.
     """
@@ -105,6 +118,7 @@ class FormatRules:
     scale_dtypes: tuple[str, ...] = ()
     linear_only: bool = False
     head: bool = False
+    whole_experts: bool = False
     file_type: str = ""
     any_grid: bool = False
 
@@ -303,6 +317,8 @@ def misfit(layer: LayerShape, rules: Sequence[FormatRules]) -> str:
     multiple = max((rule.multiple for rule in rules), default=1)
     if layer.in_features % multiple or layer.rows % multiple:
         return f"{layer.rows}x{layer.in_features} is not a multiple of {multiple}"
+    if layer.whole and (refusing := [rule.name for rule in rules if not rule.whole_experts]):
+        return f"its checkpoints hold all experts in one tensor, for which {refusing[0]} has no place"
     if not layer.linear and (refusing := [rule.name for rule in rules if rule.linear_only]):
         return f"it is a Conv1D, which {refusing[0]} does not take"
     return ""

@@ -178,11 +178,11 @@ def _refitted(fates: Mapping[str, LayerPlan], own: Mapping[str, LayerSetting], s
 
 def _kept(fates: Mapping[str, LayerPlan], own: Mapping[str, LayerSetting]) -> list[str]:
     """Layers that are kept though nobody asked for it."""
-    fixed = Counter(fate.reason for fate in fates.values() if fate.shape.fixed)
+    fixed = Counter(fate.reason for fate in fates.values() if fate.reason and (fate.shape.fixed or fate.shape.whole))
     return [
         f"{path} is kept: {fate.reason}"
         for path, fate in fates.items()
-        if fate.spec is None and not fate.shape.fixed and not (path in own and own[path].keep)
+        if fate.spec is None and fate.reason not in fixed and not (path in own and own[path].keep)
     ] + [f"{count} layers are kept: {reason}" for reason, count in fixed.items()]
 
 

@@ -177,7 +177,8 @@ class Contents:
         if not shape.experts:
             yield shape.path, None
             return
-        for name, rows in _placed(self.model.source.pieces(shape.parameter), shape.out_features):
+        pieces = self.model.source.pieces(shape.parameter) or shape.pieces
+        for name, rows in _placed(pieces, shape.out_features):
             yield name.removesuffix(".weight"), rows
 
     def _kept_names(self) -> Iterator[tuple[str, list[tuple[str, slice | None]]]]:

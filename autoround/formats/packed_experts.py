@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoround.errors import FormatError
-
 # The stacks of a module of experts in the order in which tokens pass through them.
 _LAST = "down_proj"
 
@@ -24,16 +22,10 @@ class PackedExperts(nn.Module):
     Args:
         experts: what it stands in for; the stacks that are quantized are taken off it.
         layers: name of a stack -> for each expert its layers by name, in the order of their rows.
-        path: for messages.
-
-    Raises:
-        FormatError: the experts have biases or lie transposed, which no checkpoint of single experts has.
     """
 
-    def __init__(self, experts: Any, layers: Mapping[str, list[dict[str, nn.Module]]], path: str) -> None:
+    def __init__(self, experts: Any, layers: Mapping[str, list[dict[str, nn.Module]]]) -> None:
         super().__init__()
-        if experts.has_bias or experts.is_transposed:
-            raise FormatError(f"{path}: found packed experts with biases or transposed; needed plain ones")
         self._layers = {name: [tuple(own) for own in each] for name, each in layers.items()}
         self._first = "gate_up_proj" if experts.has_gate else "up_proj"
         for name, each in layers.items():
@@ -48,20 +40,32 @@ class PackedExperts(nn.Module):
             self.register_parameter(name, parameter)
         self._original = (experts,)  # for what is between the projections; in a tuple, so that it is no submodule
 
-    def forward(self, x_ND: Tensor, choice_NK: Tensor, share_NK: Tensor) -> Tensor:
-        """Sum of what the chosen experts make of each token, weighted: (N, D)."""
+    def forward(self, x_ND: Tensor, choice_NK: Tensor | None = None, share_NK: Tensor | None = None) -> Tensor:
+        """Sum of what the chosen experts make of each token, weighted: (N, D).
+
+        Where nothing is chosen, each expert has an equal part of the tokens, in the order of experts.
+        """
+        if choice_NK is None or share_NK is None:
+            parts = x_ND.chunk(len(self._layers[next(iter(self._layers))]))
+            return torch.cat([self._expert(expert, x_MD) for expert, x_MD in enumerate(parts)])
         y_ND = torch.zeros_like(x_ND)
-        (original,) = self._original
         for expert in sorted(set(choice_NK.flatten().tolist())):
             token_M, place_M = (choice_NK == expert).nonzero(as_tuple=True)
-            h_M = self._project(self._first, expert, x_ND[token_M])
-            h_MI = original._apply_gate(h_M) if original.has_gate else original.act_fn(h_M)
-            own_MD = self._project(_LAST, expert, h_MI) * share_NK[token_M, place_M, None]
+            own_MD = self._expert(expert, x_ND[token_M]) * share_NK[token_M, place_M, None]
             y_ND.index_add_(0, token_M, own_MD.to(y_ND.dtype))
         return y_ND
 
+    def _expert(self, expert: int, x_MD: Tensor) -> Tensor:
+        (original,) = self._original
+        h_M = self._project(self._first, expert, x_MD)
+        return self._project(_LAST, expert, original._apply_gate(h_M) if original.has_gate else original.act_fn(h_M))
+
     def _project(self, stack: str, expert: int, x_M: Tensor) -> Tensor:
+        (original,) = self._original
+        bias = self.get_parameter(f"{stack}_bias")[expert] if original.has_bias else None
         if stack not in self._layers:
-            return nn.functional.linear(x_M, self.get_parameter(stack)[expert])
+            weight = self.get_parameter(stack)[expert]
+            return nn.functional.linear(x_M, weight.mT if original.is_transposed else weight, bias)
         module = self.get_submodule(str(expert))
-        return torch.cat([module.get_submodule(name)(x_M) for name in self._layers[stack][expert]], -1)
+        y_M = torch.cat([module.get_submodule(name)(x_M) for name in self._layers[stack][expert]], -1)
+        return y_M if bias is None else y_M + bias

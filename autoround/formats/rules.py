@@ -27,7 +27,7 @@ _AWQ = FormatRules(
     linear_only=True,
 )
 # Loaders take any group size that divides the row, and only multiples of 32.
-_AUTO_ROUND = FormatRules(name="auto_round", multiple=32, head=True)
+_AUTO_ROUND = FormatRules(name="auto_round", multiple=32, head=True, whole_experts=True)
 
 RULES: Mapping[str, FormatRules] = MappingProxyType({
     rules.name: rules

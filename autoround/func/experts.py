@@ -18,6 +18,22 @@ from autoround.func.types import RoundingParams
 _TURN = "turn_E"
 
 
+def sorted_by_expert(x_ND: Tensor, valid_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, choices (one each) and which of them count, where every expert is given all tokens in turn.
+
+    Args:
+        x_ND: the tokens as often as there are experts, zeros for those that did not choose an expert.
+        valid_T: bool, of the tokens once.
+
+    >>> x_ND, choice_NK, valid_N = sorted_by_expert(torch.tensor([[1.0], [0], [2], [3]]), torch.tensor([True, False]))
+    >>> choice_NK.flatten().tolist(), valid_N.tolist()
+    ([0, 0, 1, 1], [True, False, True, False])
+    """
+    experts = len(x_ND) // len(valid_T)
+    choice_N1 = torch.arange(experts, device=x_ND.device).repeat_interleave(len(valid_T)).unsqueeze(-1)
+    return x_ND, choice_N1, valid_T.repeat(experts) & (x_ND != 0).any(-1)
+
+
 class Routed(NamedTuple):
     """What a module of experts has seen.
 
@@ -115,7 +131,10 @@ def _send(
     module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
 ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """The call of a module of experts with one more expert for each token."""
-    x, choice, share, *rest = (*args, *kwargs.values())
+    x, *chosen = (*args, *kwargs.values())
+    if not chosen:  # these experts are given all tokens as it is, some of them as zeros
+        return args, kwargs
+    choice, share, *rest = chosen
     turn_E = module.get_buffer(_TURN)
     place = torch.arange(choice[..., 0].numel(), device=choice.device) % len(turn_E)
     choice = torch.cat([choice, turn_E[place].view(*choice.shape[:-1], 1).to(choice.dtype)], -1)

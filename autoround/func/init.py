@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from autoround.func.block import BlockFn
-from autoround.func.experts import Routed, by_module, observe
+from autoround.func.experts import Routed, by_module, observe, sorted_by_expert
 from autoround.func.fit import CANDIDATES, Clips, Errors, candidate_errors, fit_blocks, rounding_errors
 from autoround.func.rounding import grid_of
 from autoround.func.types import BlockWeights, Call, Params, Prepared, RoundingParams
@@ -93,8 +93,12 @@ def observe_inputs(
     def observe_experts(
         path: str, valid_BT: Tensor, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
     ) -> None:
-        x, choice, *_ = (*args, *kwargs.values())
-        own = observe(module, x.flatten(0, -2), choice.flatten(0, -2), valid_BT.flatten())
+        x, *choices = (*args, *kwargs.values())
+        x_ND, valid_N = x.flatten(0, -2), valid_BT.flatten()
+        if choices:
+            own = observe(module, x_ND, choices[0].flatten(0, -2), valid_N)
+        else:
+            own = observe(module, *sorted_by_expert(x_ND, valid_N))
         routed[path] = routed[path].add(own) if path in routed else own
 
     for call, valid_BT in inputs:

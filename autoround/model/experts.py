@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 from autoround.func.block import stack_paths, transposed_weights
 from autoround.model.blocks import structure
 from autoround.model.names import written_names
+from autoround.model.oddities import is_router
 from autoround.plan import BlockShape, LayerShape, Structure
 
 ROUTER = "it routes tokens"
-_STORED_WHOLE = "its checkpoints hold all experts in one tensor, for which no format here has a place"
 
 
 def describe(skeleton: PreTrainedModel) -> Structure:
@@ -27,6 +27,9 @@ def describe(skeleton: PreTrainedModel) -> Structure:
 
 
 def _with_experts(skeleton: PreTrainedModel, block: BlockShape, parts: dict[str, int]) -> BlockShape:
+    block = replace(
+        block, layers=tuple(replace(layer, fixed=ROUTER) if is_router(layer.path) else layer for layer in block.layers)
+    )
     module = skeleton.get_submodule(block.path)
     stacks = [f"{block.path}.{path}" for path in stack_paths(module)]
     if not stacks:
@@ -53,7 +56,7 @@ def _stack(parameter: nn.Parameter, path: str, parts: int | None, turned: bool) 
         in_features=columns,
         experts=experts,
         parts=parts or 1,
-        fixed="" if parts else _STORED_WHOLE,
+        whole=not parts,
     )
 
 

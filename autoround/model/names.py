@@ -26,6 +26,9 @@ from autoround.log import LOGGER
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
 
+# A name of ``LayerShape.pieces``.
+_PIECE = re.compile(r"(.+)\.\d+\.([^.]+)\.weight")
+
 # For every expert of a stack the names of the matrices whose rows lie one below the other in it.
 Pieces: TypeAlias = tuple[tuple[str, ...], ...]
 
@@ -67,7 +70,9 @@ def match_names(skeleton: PreTrainedModel, keys: Iterable[str], where: str) -> M
         name, pattern = rename_source_key(key, renamings, converters, prefix, own)
         if name not in own and key in own:
             name, pattern = key, None
-        if name not in own:
+        if name not in own and (piece := _PIECE.fullmatch(name)) and (whole := f"{piece[1]}.{piece[2]}") in own:
+            parts.setdefault(whole, {whole: []})[whole].append(key)
+        elif name not in own:
             unknown.append(key)
         elif pattern is None:
             single[name] = key

@@ -7,6 +7,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from autoround import func
 from autoround.engine import Run
+from autoround.func.block import transposed_weights
 from autoround.journal import Journal
 from tests.engine.small import VOCABULARY
 
@@ -48,9 +49,12 @@ def make(name: str, **settings: Any) -> PreTrainedModel:
 def replaced(model: PreTrainedModel, run: Run) -> PreTrainedModel:
     """The model with the dequantized codes of a run as weights."""
     journal, parameters = Journal(run.journal_folder, {}), dict(model.named_parameters())
+    turned = transposed_weights(run.model.skeleton)
     with torch.no_grad():
         for index, part in enumerate(run.plan.parts):
             for relative, own in journal.read_block(index).items():
-                weight = parameters[run.plan.layers[f"{part.prefix}{relative}"].shape.parameter]
+                path = f"{part.prefix}{relative}"
+                weight = parameters[run.plan.layers[path].shape.parameter]
+                weight = weight.mT if f"{path}.weight" in turned else weight
                 weight.copy_(func.dequantize(own, part.specs[relative]).view(weight.shape))
     return model

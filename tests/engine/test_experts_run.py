@@ -84,6 +84,22 @@ def test_a_stack_may_stay_unquantized_beside_a_packed_one(tmp_path: Path) -> Non
     torch.testing.assert_close(logits(load(folder, dtype=torch.float32)), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("ignored", ["", "experts.gate_up_proj"])
+def test_experts_that_checkpoints_stack_are_packed_one_by_one(ignored: str, tmp_path: Path) -> None:
+    run = tune(mixtures.STACKED, tmp_path, format=("auto_round",), ignore_layers=ignored)
+    wanted = logits(mixtures.replaced(mixtures.make(mixtures.STACKED), run))
+    assert not torch.allclose(wanted, logits(mixtures.make(mixtures.STACKED)), rtol=1e-2)
+    (folder,) = run.export()
+    stored = load_file(folder / "model.safetensors")
+    assert "model.layers.1.mlp.experts.3.down_proj.qweight" in stored
+    assert ("model.layers.1.mlp.experts.3.gate_up_proj.qweight" in stored) == (not ignored)
+    torch.testing.assert_close(logits(load(folder, dtype=torch.float32)), wanted, rtol=1e-4, atol=1e-4)
+    export_checkpoint(folder, Target(folder=tmp_path / "again", formats=("auto_round:auto_gptq",)))
+    torch.testing.assert_close(logits(load(tmp_path / "again", dtype=torch.float32)), wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UsageError, match="hold all experts in one tensor, for which llm_compressor has no place"):
+        export_checkpoint(folder, Target(folder=tmp_path / "other", formats=("llm_compressor",)))
+
+
 def test_one_layout_becomes_another_code_for_code(tmp_path: Path) -> None:
     run = tune("mixtral", tmp_path, format=("auto_round",))
     (folder,) = run.export()
@@ -174,7 +190,10 @@ def test_compiled_float32_is_refused_with_a_word(tmp_path: Path, caplog: pytest.
 
 def test_stacked_checkpoints_keep_their_experts(tmp_path: Path) -> None:
     run = tune(mixtures.STACKED, tmp_path)
-    assert "4 layers are kept: its checkpoints hold all experts in one tensor" in "\n".join(run.plan.notes)
+    assert (
+        "4 layers are kept: its checkpoints hold all experts in one tensor, for which fake has no place"
+        in run.plan.notes
+    )
     (folder,) = run.export()
     written = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     for each, wanted in mixtures.replaced(mixtures.make(mixtures.STACKED), run).state_dict().items():

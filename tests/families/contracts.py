@@ -164,7 +164,7 @@ def check_export(case: Case) -> None:
 def dequantized(model: PreTrainedModel, run: Run) -> PreTrainedModel:
     """The float model with the codes' weights in place."""
     changed, layers = copy.deepcopy(model), run.plan.layers
-    turned = transposed_weights(changed)
+    turned = transposed_weights(run.model.skeleton)
     with torch.no_grad():
         for path, own in _codes(run):
             weight_OI, shape = func.dequantize(own, run.plan.specs[path]), layers[path].shape
