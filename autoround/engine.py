@@ -31,7 +31,7 @@ from autoround.model.oddities import needed_numerics
 from autoround.model.read import read_block
 from autoround.model.sample import Sampler
 from autoround.numerics import choose_numerics
-from autoround.plan import FormatRules, Plan, Structure, check_format, check_head
+from autoround.plan import FormatRules, Plan, Structure, check_format, check_head, with_extra
 from autoround.progress import BlockDone, Meter, Progress
 from autoround.recipe import Recipe
 from autoround.resolve import resolve
@@ -121,7 +121,7 @@ class Run:
         shape = dataclasses.replace(describe(self.model.skeleton), head=head_path(self.model.skeleton))
         self._head = shape.head
         recorded = {**needed_numerics(self.model.config.model_type), **recorded}
-        self.plan: Plan = self._planned(shape, format_rules)
+        self.plan: Plan = with_extra(self._planned(shape, format_rules), self.model.source.extra())
         self._numerics = choose_numerics(
             recipe, self.plan, self._backend, len(self._devices), {"attention": attention, **recorded}
         )

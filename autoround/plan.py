@@ -1,7 +1,7 @@
 """The plan: the fate of every weight, decided before any work starts. Torch-free."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoround.errors import UsageError
 from autoround.spec import GgufSpec, QuantSpec, WeightSpec
@@ -221,6 +221,20 @@ def recorded(structure: Structure, spec: WeightSpec, specs: Mapping[str, WeightS
             "needed the model that was quantized; check --model"
         )
     return plan
+
+
+def with_extra(plan: Plan, extra: Sequence[str]) -> Plan:
+    """A plan that tells what becomes of tensors of modules that the model does not have.
+
+    Args:
+        plan: of the model.
+        extra: their names in the checkpoint.
+    """
+    if not extra:
+        return plan
+    fate = "have no place in a GGUF file" if isinstance(plan.spec, GgufSpec) else "are copied unchanged"
+    note = f"{len(extra)} tensors that {plan.architecture} does not have, such as {extra[0]}, {fate}"
+    return replace(plan, notes=(*plan.notes, note))
 
 
 def check_format(plan: Plan, rules: FormatRules) -> None:

@@ -32,6 +32,9 @@ class BlankSource:
     def names(self) -> tuple[str, ...]:
         return self._source.names()
 
+    def extra(self) -> tuple[str, ...]:
+        return self._source.extra()
+
     def checkpoint_name(self, name: str) -> str:
         return self._source.checkpoint_name(name)
 

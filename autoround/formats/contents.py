@@ -30,6 +30,8 @@ class Source(Protocol):
 
     def names(self) -> tuple[str, ...]: ...
 
+    def extra(self) -> tuple[str, ...]: ...
+
     def checkpoint_name(self, name: str) -> str: ...
 
     def pieces(self, name: str) -> tuple[tuple[str, ...], ...]: ...
@@ -97,9 +99,11 @@ class Contents:
     def heads(self) -> Iterator[tuple[str, Tensor]]:
         """Name, shape and dtype in the files (on the meta device) of each of ``tensors``, in their order."""
         source, layers, alike = self.model.source, self.plan.layers, {}
+        extra = frozenset(source.extra())
         for origin, stored in self._kept_names():
             own, whole = source.dtype(origin), source.shape(origin)
-            dtype = (self.target or own) if own.is_floating_point else own
+            cast = own.is_floating_point and origin not in extra
+            dtype = (self.target or own) if cast else own
             for name, rows in stored:
                 yield name, _head(whole if rows is None else (rows.stop - rows.start, whole[-1]), dtype)
         for part in self.plan.parts:
@@ -200,6 +204,7 @@ class Contents:
         for name in (f"{owner}.weight" for owner in self.untied.values()):
             if name not in names:  # the checkpoint has the shared weight under the name of the quantized layer
                 yield name, [(name, None)]
+        yield from ((name, [(name, None)]) for name in self.model.source.extra())
 
     def _named(self, path: str, packed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a layer as they are stored."""

@@ -39,16 +39,19 @@ class Matched(NamedTuple):
     Attributes:
         single: module name -> checkpoint name, of tensors that are stored as the module has them.
         stacked: module name -> checkpoint names of the matrices of a stack of experts.
+        extra: checkpoint names of tensors of modules that the model does not have, such as heads for more tokens.
     """
 
     single: dict[str, str]
     stacked: dict[str, Pieces]
+    extra: tuple[str, ...] = ()
 
 
 def match_names(skeleton: PreTrainedModel, keys: Iterable[str], where: str) -> Matched:
     """Find the module name of every tensor of a checkpoint, by the rules of ``from_pretrained``.
 
-    Tensors that the model does not have are left out, with a warning if they matter.
+    Tensors that the model does not have are left out, with a warning if they matter, or extra if they are of other
+    modules than those of the model.
 
     Args:
         skeleton: the model.
@@ -85,8 +88,7 @@ def match_names(skeleton: PreTrainedModel, keys: Iterable[str], where: str) -> M
                 )
             parts.setdefault(name, {each: [] for each in converter.source_patterns})[pattern].append(key)
     stacked = {name: _pieces(found, len(own[name]), f"{where}: {name}") for name, found in parts.items()}
-    _warn(skeleton, unknown, where)
-    return Matched(single, stacked)
+    return Matched(single, stacked, _extra(skeleton, unknown, where))
 
 
 def written_names(skeleton: PreTrainedModel) -> Matched:
@@ -140,12 +142,25 @@ def _pieces(parts: Mapping[str, Sequence[str]], experts: int, where: str) -> Pie
     return tuple(zip(*(sorted(keys, key=dot_natural_key) for keys in parts.values()), strict=True))
 
 
-def _warn(skeleton: PreTrainedModel, unknown: Iterable[str], where: str) -> None:
-    ignored = re.compile("|".join((*(skeleton._keys_to_ignore_on_load_unexpected or ()), *_COMPUTED)))
-    if left_out := [key for key in unknown if not ignored.search(key)]:
+def _extra(skeleton: PreTrainedModel, unknown: Iterable[str], where: str) -> tuple[str, ...]:
+    """Those of modules that the model does not have; a warning tells of the others."""
+    computed, ignored = (
+        re.compile("|".join(each)) for each in (_COMPUTED, (*(skeleton._keys_to_ignore_on_load_unexpected or ()), "$^"))
+    )
+    modules, extra, left_out = {name for name, _ in skeleton.named_modules()}, [], []
+    for key in unknown:
+        owner = key.rpartition(".")[0]
+        if computed.search(key):
+            continue
+        if not modules.intersection((owner, f"{skeleton.base_model_prefix}.{owner}")):
+            extra.append(key)
+        elif not ignored.search(key):
+            left_out.append(key)
+    if left_out:
         LOGGER.warning(
             "%s: left out %d tensors that the model does not have, such as %s", where, len(left_out), left_out[0]
         )
+    return tuple(extra)
 
 
 def add_tied(skeleton: PreTrainedModel, stored: Mapping[str, str]) -> dict[str, str]:

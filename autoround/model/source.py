@@ -37,6 +37,10 @@ class WeightSource(Protocol):
         """Names under which a checkpoint holds the matrices of a stack of experts; none for other tensors."""
         ...
 
+    def extra(self) -> tuple[str, ...]:
+        """Checkpoint names of tensors of modules that the model does not have; they are asked for by these."""
+        ...
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape as the module has it."""
         ...
@@ -57,10 +61,13 @@ class StoredNames:
         ModelError: a parameter of the model is not stored.
     """
 
-    def __init__(self, skeleton: PreTrainedModel, stored: Mapping[str, str], where: str) -> None:
+    def __init__(
+        self, skeleton: PreTrainedModel, stored: Mapping[str, str], where: str, extra: tuple[str, ...] = ()
+    ) -> None:
         self._where = where
         self._names = tuple(stored)
-        self._keys = add_tied(skeleton, stored)
+        self._extra = extra
+        self._keys = {**add_tied(skeleton, stored), **{key: key for key in extra}}
         missing = [name for name, _ in skeleton.named_parameters() if name not in self._keys]
         if missing:
             raise ModelError(
@@ -70,6 +77,9 @@ class StoredNames:
 
     def names(self) -> tuple[str, ...]:
         return self._names
+
+    def extra(self) -> tuple[str, ...]:
+        return self._extra
 
     def pieces(self, name: str) -> Pieces:
         self.key(name)
@@ -97,10 +107,10 @@ class SafetensorsSource(StoredNames):
 
     def __init__(self, folder: Path, skeleton: PreTrainedModel, headers: Headers | None = None) -> None:
         self._files, self._heads = headers or read_headers(folder)
-        single, self._stacked = match_names(skeleton, self._heads, str(folder))
+        single, self._stacked, extra = match_names(skeleton, self._heads, str(folder))
         firsts = {name: pieces[0][0] for name, pieces in self._stacked.items()}
         stored = {**single, **firsts}
-        super().__init__(skeleton, stored, str(folder))
+        super().__init__(skeleton, stored, str(folder), extra)
         for name, tensor in skeleton.state_dict().items():
             if name in stored and self.shape(name) != tuple(tensor.shape):
                 raise ModelError(
