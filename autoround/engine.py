@@ -22,20 +22,28 @@ from autoround.formats.registry import rules
 from autoround.formats.writer import check_folder, parse_size
 from autoround.identity import manifest_of
 from autoround.journal import MANIFEST, Journal, hold, open_journal, read_manifest
+from autoround.log import LOGGER
 from autoround.model.blocks import embedding
 from autoround.model.capture import CallTemplate, capture
 from autoround.model.experts import describe
 from autoround.model.finish import Ending, head_path, mean_square, read_weight
 from autoround.model.load import OpenModel, open_model
+from autoround.model.media import Media
 from autoround.model.oddities import needed_numerics
 from autoround.model.read import read_block
 from autoround.model.sample import Sampler
+from autoround.model.skeleton import sees_images
 from autoround.numerics import choose_numerics
 from autoround.plan import FormatRules, Plan, Structure, check_format, check_head, with_extra
 from autoround.progress import BlockDone, Meter, Progress
 from autoround.recipe import Recipe
 from autoround.resolve import resolve
 from autoround.tuner import MOMENT_ROWS, BlockTuner, Inputs, Stream
+
+TEXT_ALONE = (
+    "calibration data: text alone for a model that sees images: what image tokens make its layers compute is not seen, "
+    "so that answers about images may lose more than text does; give a .jsonl of messages with images"
+)
 
 
 def quantize(
@@ -163,7 +171,7 @@ class Run:
             yield self._meter.resumed(index, self.plan.parts[index].title, told(journal.read_stats(index)))
         if finished < len(self.plan.parts):
             yield from self._tune_blocks(journal, calibration, finished)
-        journal.drop_activations()
+        journal.activations.drop()
 
     def export(self, output_dir: str | Path | None = None, *, formats: Sequence[str] | None = None) -> tuple[Path, ...]:
         """Write the quantized model, first running what is left to run.
@@ -230,7 +238,7 @@ class Run:
             dtype=self._numerics.torch_dtype,
             on_progress=lambda done, total: self._meter.phase("calibration", f"writing text: {done} of {total} tokens"),
         )
-        return load_calibration(
+        found = load_calibration(
             recipe.dataset,
             self.model.tokenizer() if needs_tokenizer(recipe.dataset) else None,
             nsamples=recipe.nsamples,
@@ -239,6 +247,9 @@ class Run:
             seed=recipe.seed,
             writer=writer,
         )
+        if sees_images(self.model.config) and not found.extras:
+            LOGGER.warning(TEXT_ALONE)
+        return found
 
     def _open_journal(self, calibration: Calibration | None) -> Journal:
         self._meter.phase("calibration", "hashing the source weights")
@@ -279,7 +290,7 @@ class Run:
                 raise type(error)(f"{block.path}.{error}") from error
             stream = tuned.stream
             if stream is not None and index + 1 < count:
-                journal.write_activations(index, stream._asdict())
+                journal.activations.write(index, stream._asdict())
             stats = _stats(tuned.losses_K) | token_stats(tuned.tokens)
             journal.write_block(index, tuned.codes, stats)
             yield self._meter.end(index, block.path, told(stats))
@@ -301,7 +312,8 @@ class Run:
             blocks = [block.path for block in self.plan.blocks]
             ending = Ending(self.model, blocks, self._head, self._device, self._numerics.torch_dtype)
             rows = (stream.quantized_NTD, calibration.tokens_NT, calibration.valid_NT)
-            inputs = ending.head_inputs(*(each[:MOMENT_ROWS] for each in rows), batch_size=self.recipe.batch_size)
+            media, size = Media(calibration.extras), self.recipe.batch_size
+            inputs = ending.head_inputs(*(each[:MOMENT_ROWS] for each in rows), batch_size=size, media=media)
             moments[head] = mean_square(inputs)
         weights = ((path, read_weight(self.model, path, device=self._device)) for path in specs)
         return {path: tuner.quantize_layer(path, own, specs[path], moments.get(path)) for path, own in weights}
@@ -319,12 +331,13 @@ class Run:
             calibration.tokens_NT.to(home),
             calibration.valid_NT.to(home),
             batch_size=self.recipe.batch_size,
+            media=Media(calibration.extras),
             device=self._device,
             dtype=self._numerics.torch_dtype,
         )
         if start == 0:
             return captured.templates, Stream(captured.hidden_NTD, captured.hidden_NTD)
-        kept = journal.read_activations(start - 1)
+        kept = journal.activations.read(start - 1)
         return captured.templates, Stream(*(kept[name].to(home) for name in Stream._fields))
 
 

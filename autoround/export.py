@@ -11,12 +11,13 @@ from autoround.formats.contents import BlockCodes, Contents
 from autoround.formats.gguf.file import GgufFile
 from autoround.formats.registry import get_format, resolve_name, rules
 from autoround.formats.writer import check_folder, checkpoint_files, parse_size, write_checkpoint, write_folder
-from autoround.journal import MANIFEST, ORIGIN, Journal, digest, read_manifest
+from autoround.journal import MANIFEST, ORIGIN, Journal, read_manifest
 from autoround.model.blocks import embedding
 from autoround.model.experts import describe
 from autoround.model.load import OpenModel, open_model
 from autoround.plan import Plan, check_format, recorded
 from autoround.recipe import Recipe
+from autoround.sealed import digest
 from autoround.spec import spec_of
 
 

@@ -10,10 +10,11 @@ import transformers
 from autoround import __version__
 from autoround.backends.base import Numerics
 from autoround.data.tokens import Calibration
-from autoround.journal import ORIGIN, digest
+from autoround.journal import ORIGIN
 from autoround.model.source import WeightSource
 from autoround.plan import Plan
 from autoround.recipe import Recipe
+from autoround.sealed import digest
 
 # Settings that decide no code by themselves: what they stand for is in the manifest in another form, or nothing is.
 FREE_SETTINGS = frozenset({
@@ -42,7 +43,6 @@ def manifest_of(
         calibration: its text; None where nothing is learned from data.
         origin: where the model came from; it decides nothing.
     """
-    tokens = () if calibration is None else (("tokens", calibration.tokens_NT), ("valid", calibration.valid_NT))
     settings = dataclasses.asdict(recipe)
     return {
         "recipe": {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
@@ -51,7 +51,7 @@ def manifest_of(
         "spec": dataclasses.asdict(plan.spec),
         "plan": {path: dataclasses.asdict(spec) for path, spec in plan.specs.items()},
         "source_sha256": digest((name, source.read(name)) for name in sorted(source.names())),
-        "calibration_sha256": digest(iter(tokens)),
+        "calibration_sha256": digest(() if calibration is None else calibration.tensors()),
         "versions": {
             "autoround": __version__,
             "torch": torch.__version__,

@@ -6,24 +6,18 @@ Layout of the folder::
     run.yaml                      its settings, for ``auto-round --config``
     lock                          held by the process that works on it
     blocks/00003.safetensors      codes of block 3: ``<layer>.q_OI``, ``<layer>.scale_OG``, …, the fields of its tuple
-    activations/0.safetensors     inputs of the block after an even one, and
-    activations/1.safetensors     after an odd one, so that the last finished block's are always whole
+    activations/                  inputs of the block after the last finished one: see ``autoround.slots``
 
-Every file is written under a temporary name, synced and renamed, and carries a checksum of its contents. A block's
-codes are written after its activations and so mark the block as finished.
+Every other file is written under a temporary name, synced and renamed, and carries a checksum of its contents. The
+codes of a block are written after its activations and so mark it as finished.
 """
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import torch
 from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -31,12 +25,14 @@ from torch import Tensor
 
 from autoround.errors import JournalError
 from autoround.func.types import AsymBlockCodes, Codes, IntCodes, SymBlockCodes
+from autoround.sealed import SEAL, partial_name, replacing, reported, seal_of
+from autoround.slots import Slots
 
 MANIFEST, BLOCKS, ACTIVATIONS, LOCK = "manifest.json", "blocks", "activations", "lock"
 # Part of the manifest that may differ where a run goes on: the same weights may lie elsewhere now.
 ORIGIN = "origin"
-# Where a file keeps the checksum of the rest of it, and a safetensors file what is no tensor.
-SEAL, NOTES = "sha256", "notes"
+# Where a safetensors file keeps what is no tensor.
+NOTES = "notes"
 SHOWN_DIFFERENCES = 4
 _KINDS: Mapping[frozenset[str], type[Codes]] = {
     frozenset(kind._fields): kind for kind in (IntCodes, SymBlockCodes, AsymBlockCodes)
@@ -44,11 +40,18 @@ _KINDS: Mapping[frozenset[str], type[Codes]] = {
 
 
 class Journal:
-    """A run's folder of finished work; ``open_journal`` makes or continues one."""
+    """A run's folder of finished work; ``open_journal`` makes or continues one.
+
+    Attributes:
+        folder: where it is.
+        manifest: what the run is.
+        activations: what flows into the block after the last finished one.
+    """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], lock: BaseFileLock | None = None) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.activations = Slots(folder / ACTIVATIONS)
         self._lock = lock  # held as long as the journal is
 
     def finished(self) -> int:
@@ -102,37 +105,8 @@ class Journal:
         stats: dict[str, float] = notes["stats"]
         return stats
 
-    def write_activations(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the inputs of the block after ``index``, replacing those of the block before it."""
-        _save(
-            self._slot(index),
-            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-            {"block": index},
-        )
-
-    def read_activations(self, index: int) -> dict[str, Tensor]:
-        """The inputs of the block after ``index``.
-
-        Raises:
-            JournalError: they are missing, of another block, or damaged.
-        """
-        tensors, notes = _load(self._slot(index))
-        if notes.get("block") != index:
-            raise JournalError(
-                f"{self._slot(index)}: found activations of block {notes.get('block')}; needed {index}; "
-                "start anew with --restart"
-            )
-        return tensors
-
-    def drop_activations(self) -> None:
-        """Forget activations: after the last block nothing needs them."""
-        shutil.rmtree(self.folder / ACTIVATIONS, ignore_errors=True)
-
     def _block(self, index: int) -> Path:
         return self.folder / BLOCKS / f"{index:05d}.safetensors"
-
-    def _slot(self, index: int) -> Path:
-        return self.folder / ACTIVATIONS / f"{index % 2}.safetensors"
 
 
 def open_journal(folder: Path, manifest: Mapping[str, Any], *, restart: bool = False) -> Journal:
@@ -152,14 +126,14 @@ def open_journal(folder: Path, manifest: Mapping[str, Any], *, restart: bool = F
     if there and not restart:
         _check_same(folder, read_manifest(folder), manifest)
         return Journal(folder, manifest, _locked(folder))
-    with _reported(folder):
+    with reported(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if not there and {file.name for file in folder.iterdir()} - {_partial(folder / MANIFEST).name, LOCK}:
+        if not there and {file.name for file in folder.iterdir()} - {partial_name(folder / MANIFEST).name, LOCK}:
             raise JournalError(
                 f"{folder}: found files that are not a journal; use another --output_dir or move them away"
             )
     lock = _locked(folder)
-    with _reported(folder):
+    with reported(folder):
         for name in (BLOCKS, ACTIVATIONS):
             if (folder / name).exists():
                 shutil.rmtree(folder / name)
@@ -185,8 +159,8 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     Raises:
         JournalError: the disk is full or not writable; a manifest that was there stays whole.
     """
-    sealed = {**manifest, SEAL: _seal(manifest)}
-    with _replacing(folder / MANIFEST) as temporary:
+    sealed = {**manifest, SEAL: seal_of(manifest)}
+    with replacing(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(sealed, indent=1, sort_keys=True))
 
 
@@ -202,7 +176,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         seal = manifest.pop(SEAL, None)
     except (OSError, ValueError, AttributeError) as error:
         raise JournalError(f"{folder / MANIFEST}: {error}; {needed}") from error
-    if seal != _seal(manifest):
+    if seal != seal_of(manifest):
         raise JournalError(f"{folder / MANIFEST}: found contents that do not match their checksum; {needed}")
     return manifest
 
@@ -240,11 +214,11 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
 
 
 def _save(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-    with _reported(path):
+    with reported(path):
         path.parent.mkdir(exist_ok=True)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         # one entry, since the library writes several in any order
-        save_file(tensors, temporary, {NOTES: json.dumps({**notes, SEAL: _seal(notes, tensors)})})
+        save_file(tensors, temporary, {NOTES: json.dumps({**notes, SEAL: seal_of(notes, tensors)})})
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -253,59 +227,9 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  not a dict
             notes: dict[str, Any] = json.loads((handle.metadata() or {}).get(NOTES, "{}"))
-            sealed = notes.pop(SEAL, None) == _seal(notes, tensors)
+            sealed = notes.pop(SEAL, None) == seal_of(notes, tensors)
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise JournalError(f"{path}: {error}; {needed}") from error
     if not sealed:
         raise JournalError(f"{path}: found contents that do not match their checksum; {needed}")
     return tensors, notes
-
-
-def _seal(notes: Mapping[str, Any], tensors: Mapping[str, Tensor] = MappingProxyType({})) -> str:
-    """A checksum of what a file holds."""
-    text = json.dumps(dict(notes), sort_keys=True) + digest((name, tensors[name]) for name in sorted(tensors))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes ``path``, synced, when the block ends well, and vanishes when it does not."""
-    temporary = _partial(path)
-    with _reported(path):
-        try:
-            yield temporary
-            with temporary.open("rb") as handle:
-                os.fsync(handle.fileno())
-            temporary.replace(path)
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-@contextmanager
-def _reported(path: Path) -> Iterator[None]:
-    """Failures to write, with what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise JournalError(
-            f"{path}: {error}; needed a writable folder with space; run again when there is: finished blocks are kept"
-        ) from error
-
-
-def digest(tensors: Iterator[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of tensors, one at a time."""
-    total = hashlib.sha256()
-    for name, tensor in tensors:
-        total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        total.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
-    return total.hexdigest()

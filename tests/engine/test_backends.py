@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from autoround.backends.base import BACKENDS, Numerics, jit, load, select, select_all
 from autoround.backends.cpu import COMPILE_TOKEN_STEPS, CPU, EXPLICIT_ATTENTION_TOKENS
@@ -18,7 +17,7 @@ from autoround.backends.gpu import CUDA, XPU
 from autoround.backends.hpu import HPU
 from autoround.engine import Run, quantize
 from autoround.errors import JournalError, UsageError
-from autoround.journal import MANIFEST
+from autoround.journal import MANIFEST, Journal
 from tests.engine.small import TOKENS, make, pin, recipe, stopped
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -221,8 +220,8 @@ def test_recorded_choices_are_used_when_a_run_goes_on(tmp_path: Path) -> None:
     next(iter(run))
     assert recorded(run) == {**recorded(run), **chosen}
     assert torch.get_num_threads() == chosen["threads"]
-    with safe_open(run.journal_folder / "activations" / "0.safetensors", framework="pt") as handle:
-        assert {handle.get_tensor(name).dtype for name in handle.keys()} == {torch.float64}  # noqa: SIM118  not a dict
+    kept = Journal(run.journal_folder, {}).activations.read(0)
+    assert {tensor.dtype for tensor in kept.values()} == {torch.float64}
     assert [done.resumed for done in quantize(make(), made)] == [True, False]
 
 

@@ -256,8 +256,9 @@ def truncate(file: Path) -> None:
 DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "block": ("blocks/00001.safetensors", truncate),
     "block header": ("blocks/00000.safetensors", lambda file: file.write_bytes(b"half")),
-    "activations": ("activations/1.safetensors", truncate),
-    "no activations": ("activations/1.safetensors", Path.unlink),
+    "activations": ("activations/1.quantized_NTD", truncate),
+    "what activations are": ("activations/1.json", truncate),
+    "no activations": ("activations/1.float_NTD", Path.unlink),
     "manifest": ("manifest.json", truncate),
     "empty manifest": ("manifest.json", lambda file: file.write_text("{}")),
 }
@@ -290,8 +291,9 @@ def test_a_damaged_block_does_not_reach_an_export(whole: Run, model: PreTrainedM
 def test_activations_of_another_block_are_refused(model: PreTrainedModel, tmp_path: Path) -> None:
     stopped(model, recipe(tmp_path), after=2)
     slots = tmp_path / "out.journal" / "activations"
-    shutil.copy(slots / "0.safetensors", slots / "1.safetensors")
-    with pytest.raises(JournalError, match=r"1\.safetensors: found activations of block 0; needed 1; .*--restart"):
+    for name in ("json", "float_NTD", "quantized_NTD"):
+        shutil.copy(slots / f"0.{name}", slots / f"1.{name}")
+    with pytest.raises(JournalError, match=r"1\.json: found activations of block 0; needed 1; .*--restart"):
         list(quantize(model, recipe(tmp_path)))
 
 
