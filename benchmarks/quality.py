@@ -73,15 +73,16 @@ def judge(
     """Score models on documents, the reference's own likelihoods included under the name ``FLOAT``.
 
     Args:
-        reference: a causal language model of transformers.
-        candidates: name -> model with the same vocabulary.
+        reference: a causal language model of transformers; scores are computed on its device.
+        candidates: name -> model with the same vocabulary, on the same device.
         documents: token ids, at least two each; each is scored on its own.
     """
-    models = {FLOAT: reference, **candidates}
-    tokens_D = torch.tensor([len(row) - 1 for row in documents], dtype=torch.float64)
-    sums = {name: torch.zeros(3, len(documents), dtype=torch.float64) for name in models}
-    for tokens_BT, indices_B in _batches(documents):
-        followed_BT = tokens_D[indices_B, None] > torch.arange(tokens_BT.shape[1] - 1)
+    models, device = {FLOAT: reference, **candidates}, next(reference.parameters()).device
+    tokens_D = torch.tensor([len(row) - 1 for row in documents], dtype=torch.float64, device=device)
+    sums = {name: torch.zeros(3, len(documents), dtype=torch.float64, device=device) for name in models}
+    for batch in _batches(documents):
+        tokens_BT, indices_B = (each.to(device) for each in batch)
+        followed_BT = tokens_D[indices_B, None] > torch.arange(tokens_BT.shape[1] - 1, device=device)
         next_P = tokens_BT[:, 1:][followed_BT]
         owner_P = indices_B.repeat_interleave(followed_BT.sum(1))
         expected_PV = _logits(reference, tokens_BT, followed_BT)
@@ -91,7 +92,7 @@ def judge(
             for expected_CV, found_CV, next_C, owner_C in zip(*chunks, strict=True):
                 scores = score(expected_CV.float().log_softmax(-1), found_CV.float().log_softmax(-1), next_C)
                 sums[name].index_add_(1, owner_C, torch.stack([field.double() for field in scores]))
-    return {name: DocumentScores(tokens_D, *own) for name, own in sums.items()}
+    return {name: DocumentScores(tokens_D.cpu(), *own.cpu()) for name, own in sums.items()}
 
 
 def _batches(documents: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,0 +1,199 @@
+"""Which settings reach which quality: many recipes on one model, judged alike; how defaults are chosen.
+
+``python -m benchmarks.sweep [--groups NAME …] [--bits N …] [--device auto] [--jobs N] [--minutes N] [--folder FOLDER]``
+quantizes SmolLM2 (dithered) by each variant of the named groups and prints KL divergence from the float model in four
+domains. Variants are shared among ``--jobs`` processes on one device: their times then say nothing, the divergences
+are the same. What a variant found is a line of ``FOLDER/sweep-JOB.jsonl`` and is not computed again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from autoround import func
+from autoround.engine import quantize
+from autoround.journal import Journal
+from autoround.recipe import Recipe
+from benchmarks import domains, machine, quality
+from benchmarks.cells import WHOLE_DATA, Place
+
+MODEL, GROUP_SIZE = "smollm2-dithered", 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """A recipe to try.
+
+    Attributes:
+        bits: of the weights.
+        preset: recipe to start from.
+        settings: over it, as (name, value).
+        seed: of calibration rows and batches.
+    """
+
+    bits: int
+    preset: str = "default"
+    settings: tuple[tuple[str, Any], ...] = ()
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Unique."""
+        words = [f"{name}={value}" for name, value in self.settings]
+        return " ".join([f"w{self.bits}", self.preset, *words, f"seed{self.seed}"])
+
+
+def _variants(bits: int, **axes: tuple[Any, ...]) -> list[Variant]:
+    """All combinations of the axes' values."""
+    found: list[tuple[tuple[str, Any], ...]] = [()]
+    for name, values in axes.items():
+        found = [(*own, (name, value)) for own in found for value in values]
+    return [Variant(bits=bits, settings=own) for own in found]
+
+
+def groups(bits: int) -> dict[str, list[Variant]]:
+    """The questions, each with its variants."""
+    both = (False, True)
+    return {
+        "start": _variants(bits, iters=(0,), clip_search=both, compensate=both),
+        "steps": _variants(bits, iters=(25, 50, 100, 200)),
+        "few": _variants(bits, iters=(10, 20), compensate=both, lr=(0.0025, 0.005, 0.01, 0.02)),
+        "rate50": _variants(bits, iters=(50,), compensate=both, lr=(0.0025, 0.005, 0.01, 0.02, 0.04)),
+        "rate200": _variants(bits, iters=(200,), compensate=both, lr=(0.0025, 0.005, 0.01)),
+        "clips": _variants(bits, iters=(50,), minmax_lr=(0.005, 0.01, 0.04)),
+        "momentum": _variants(bits, iters=(50,), momentum=(0.5, 0.9), lr=(0.005, 0.01, 0.02)),
+        "rows": _variants(bits, iters=(50, 100), batch_size=(4, 16)),
+        "adam": _variants(bits, iters=(50,), adam=(True,), lr=(0.005, 0.01, 0.02)),
+        "keep": _variants(bits, iters=(50, 200), keep=("best",)),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Rows of token ids to calibrate on, and documents to judge on, by domain."""
+
+    calibration: list[list[int]]
+    documents: dict[str, list[list[int]]]
+
+
+def read_texts(place: Place, seed: int, *, tokens: int) -> tuple[Path, Texts]:
+    """The model's folder and its texts, made where they are not there yet."""
+    job = place.job(MODEL, place.folder, bits=4, data=WHOLE_DATA, seed=seed, iters=None)
+    file = place.folder / "calibration" / f"{MODEL}-documents-{tokens}.json"
+    if not file.exists():
+        tokenizer, share = AutoTokenizer.from_pretrained(job.source), -(-tokens // len(domains.DOMAINS))
+        rows = {name: domains.read(name, job.source, tokenizer, tokens=share) for name in domains.DOMAINS}
+        file.write_text(json.dumps(rows))
+    return job.source, Texts(json.loads(job.tokens.read_text()), json.loads(file.read_text()))
+
+
+def load(source: Path, device: torch.device) -> nn.Module:
+    """The float model, in float32."""
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device).eval()
+    return model
+
+
+def try_variant(variant: Variant, source: Path, calibration: list[list[int]], device: str, candidate: nn.Module) -> Any:
+    """Quantize by a variant and put the result into the candidate; losses of each block's last step, and seconds."""
+    rows, seqlen = WHOLE_DATA
+    with tempfile.TemporaryDirectory() as folder:
+        own: dict[str, Any] = {
+            "bits": variant.bits, "group_size": GROUP_SIZE, "dataset": calibration, "nsamples": rows, "seqlen": seqlen,
+            "seed": variant.seed, "output_dir": f"{folder}/out", "device_map": device}  # fmt: skip
+        run = quantize(source, Recipe.preset(variant.preset, **own | dict(variant.settings)))
+        start = time.monotonic()
+        losses = [done.loss_last for done in run]
+        seconds = time.monotonic() - start
+        journal = Journal(run.journal_folder, {})
+        for index, part in enumerate(run.plan.parts):
+            for path, codes in journal.read_block(index).items():
+                weight = candidate.get_submodule(f"{part.prefix}{path}").weight
+                with torch.no_grad():
+                    weight.copy_(func.dequantize(codes, part.specs[path]))
+    return losses, seconds
+
+
+def work(options: argparse.Namespace) -> None:
+    """What one process does: its share of the variants."""
+    place, end = Place(folder=options.folder), time.monotonic() + 60 * options.minutes
+    device = torch.device(options.device)
+    file = options.folder / f"sweep-{options.job}.jsonl"
+    reference: nn.Module | None = None
+    waiting = [variant for variant in chosen(options) if variant.name not in options.done]
+    for variant in waiting[options.job :: options.jobs]:
+        if time.monotonic() > end:
+            return
+        source, texts = read_texts(place, variant.seed, tokens=options.tokens)
+        if reference is None:
+            reference, candidate = load(source, device), load(source, device)
+        losses, seconds = try_variant(variant, source, texts.calibration, options.device, candidate)
+        rows = [row for own in texts.documents.values() for row in own]
+        scores = quality.judge(reference, {"it": candidate}, rows)["it"]
+        sizes = [len(own) for own in texts.documents.values()]
+        parts = zip(texts.documents, zip(*(field.split(sizes) for field in scores), strict=True), strict=True)
+        kl = {name: float(own[2].sum() / own[0].sum()) for name, own in parts}
+        kl["all"] = float(scores.kl_D.sum() / scores.tokens_D.sum())
+        found = {"name": variant.name, "kl": kl, "losses": losses, "seconds": seconds, "machine": machine.describe()}
+        with file.open("a") as output:
+            output.write(json.dumps(found) + "\n")
+        print(line(found), flush=True)
+
+
+def chosen(options: argparse.Namespace) -> list[Variant]:
+    """The variants that are asked for, group after group, each once."""
+    found = [variant for name in options.groups for bits in options.bits for variant in groups(bits)[name]]
+    return list({variant.name: variant for variant in found}.values())
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """All that was found so far."""
+    files = sorted(folder.glob("sweep-*.jsonl"))
+    return [json.loads(text) for file in files for text in file.read_text().splitlines()]
+
+
+def line(found: dict[str, Any]) -> str:
+    """One variant's figures."""
+    kl = found["kl"]
+    own = " / ".join(f"{kl[name]:.4f}" for name in domains.DOMAINS)
+    return f"KL {kl['all']:.4f} ({own})  {found['seconds']:6.0f} s  {found['name']}"
+
+
+def main() -> None:
+    """Parse options, start the processes, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", nargs="+", choices=list(groups(4)), default=list(groups(4)), metavar="NAME")
+    parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=600, help="after which no further variant is begun")
+    parser.add_argument("--tokens", type=int, default=12_000, help="predicted tokens of the judge, over all domains")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "autoround-bench")
+    parser.add_argument("--job", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--done", nargs="*", default=[], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job is not None:
+        work(options)
+        return
+    print(machine.describe(), flush=True)
+    read_texts(Place(folder=options.folder), 0, tokens=options.tokens)
+    command = [sys.executable, "-m", "benchmarks.sweep", *sys.argv[1:], "--jobs", str(options.jobs), "--done",
+               *(each["name"] for each in results(options.folder))]  # fmt: skip
+    processes = [subprocess.Popen([*command, "--job", str(job)]) for job in range(options.jobs)]
+    failed = [process.wait() for process in processes]
+    names = {variant.name for variant in chosen(options)}
+    print("\n".join(["", *(line(found) for found in results(options.folder) if found["name"] in names)]))
+    sys.exit(any(failed))
+
+
+if __name__ == "__main__":
+    main()
