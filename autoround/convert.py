@@ -84,7 +84,10 @@ class PackedSource:
 
     def read(self, name: str) -> Tensor:
         key, pieces = self.checkpoint_name(name), self.pieces(name)
-        return read_stack(self._files, pieces, self.shape(name)) if pieces else read_tensor(self._files[key], key)
+        return read_stack(self._read_one, pieces, self.shape(name)) if pieces else self._read_one(key)
+
+    def _read_one(self, key: str) -> Tensor:
+        return read_tensor(self._files[key], key)
 
     def heads(self, path: str) -> list[dict[str, Tensor]]:
         """The tensors of a packed layer by their last names, without data, for each of its matrices."""

@@ -14,6 +14,7 @@ from autoround.func.block import transposed_weights
 from autoround.model.gguf import open_gguf
 from autoround.model.hub import download
 from autoround.model.load import CONFIG, OpenModel, gguf_file, open_model
+from autoround.model.low_precision import METHODS
 from autoround.model.source import StoredNames
 from autoround.spec import QuantSpec
 
@@ -113,9 +114,10 @@ def locate(path: str | Path, access: Access = Access()) -> Path:  # noqa: B008
 
 
 def quantization_of(folder: Path) -> str:
-    """The method by which a checkpoint's folder is quantized; empty for a float one, or where there is none."""
+    """The method by which a checkpoint's folder is quantized; empty for one that opens as a float one, or for none."""
     try:
         settings = json.loads((folder / CONFIG).read_text()).get("quantization_config")
     except (OSError, ValueError, AttributeError):
         return ""
-    return str(settings.get("quant_method", "unknown")) if isinstance(settings, dict) else ""
+    method = str(settings.get("quant_method", "unknown")) if isinstance(settings, dict) else ""
+    return "" if method in METHODS else method

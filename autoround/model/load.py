@@ -21,6 +21,7 @@ from autoround.log import LOGGER
 from autoround.model.gguf import GgufSource, open_gguf, read_config
 from autoround.model.hub import SIDE_FILES, download
 from autoround.model.remote import remote_headers
+from autoround.model.low_precision import METHODS
 from autoround.model.skeleton import build_skeleton, copy_skeleton
 from autoround.model.source import INDEX, Headers, ModuleSource, SafetensorsSource, WeightSource
 
@@ -212,7 +213,7 @@ def folder_config(folder: Path, *, trust_remote_code: bool, quantized: bool = Fa
             f"{file}: found invalid JSON ({error}); needed a model's configuration; download it again"
         ) from error
     if not quantized:
-        _refuse_quantized(settings, str(file))
+        _refuse_quantized(settings, str(file), METHODS)
     model_type = settings.get("model_type")
     if model_type not in CONFIG_MAPPING and "auto_map" not in settings:
         raise ModelError(
@@ -235,12 +236,13 @@ def folder_config(folder: Path, *, trust_remote_code: bool, quantized: bool = Fa
     return config
 
 
-def _refuse_quantized(settings: dict[str, Any], where: str) -> None:
+def _refuse_quantized(settings: dict[str, Any], where: str, readable: tuple[str, ...] = ()) -> None:
     quantization = settings.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method")
+    method = (quantization or {}).get("quant_method")
+    if quantization and method not in readable:
         raise ModelError(
-            f"{where}: found weights already quantized by {method}; needed a float model; give the original one"
+            f"{where}: found weights already quantized by {method}; needed a float model, or a folder in fp8 or mxfp4; "
+            "give the original one"
         )
 
 

@@ -1,7 +1,7 @@
 """Where weights come from: one tensor at a time, never the whole model."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from autoround.errors import ModelError
+from autoround.model.low_precision import dequantize, fold
 from autoround.model.names import Pieces, add_tied, match_names, written_names
 
 WEIGHTS = "model.safetensors"
@@ -94,7 +95,7 @@ class StoredNames:
 class SafetensorsSource(StoredNames):
     """A folder with ``model.safetensors``, or with shards and their index.
 
-    Files are mapped, not loaded, and only while a tensor of theirs is in use.
+    Files are mapped, not loaded, and only while a tensor of theirs is in use. FP8 and MXFP4 read as bfloat16.
 
     Args:
         folder: where the files are.
@@ -106,7 +107,8 @@ class SafetensorsSource(StoredNames):
     """
 
     def __init__(self, folder: Path, skeleton: PreTrainedModel, headers: Headers | None = None) -> None:
-        self._files, self._heads = headers or read_headers(folder)
+        self._files, stored_heads = headers or read_headers(folder)
+        self._heads, self._parts = fold(stored_heads, str(folder))
         single, self._stacked, extra = match_names(skeleton, self._heads, str(folder))
         firsts = {name: pieces[0][0] for name, pieces in self._stacked.items()}
         stored = {**single, **firsts}
@@ -114,7 +116,7 @@ class SafetensorsSource(StoredNames):
         for name, tensor in skeleton.state_dict().items():
             if name in stored and self.shape(name) != tuple(tensor.shape):
                 raise ModelError(
-                    f"{self._files[stored[name]]}: found {stored[name]} of shape {self.shape(name)}; "
+                    f"{self._files.get(stored[name], folder)}: found {stored[name]} of shape {self.shape(name)}; "
                     f"needed {tuple(tensor.shape)} as config.json says; check that the two belong together"
                 )
 
@@ -136,7 +138,16 @@ class SafetensorsSource(StoredNames):
     def read(self, name: str) -> Tensor:
         key = self.key(name)
         pieces = self.pieces(name)
-        return read_stack(self._files, pieces, self.shape(name)) if pieces else read_tensor(self._files[key], key)
+        return read_stack(self._read, pieces, self.shape(name)) if pieces else self._read(key)
+
+    def _read(self, key: str) -> Tensor:
+        """A tensor by its name in the checkpoint."""
+        if key not in self._parts:
+            return read_tensor(self._files[key], key)
+        try:
+            return dequantize(*(read_tensor(self._files[part], part) for part in self._parts[key]))
+        except ModelError as error:
+            raise ModelError(f"{self._files[self._parts[key][0]]}: {key}: {error}") from error
 
 
 class ModuleSource(StoredNames):
@@ -201,11 +212,11 @@ def stack_shape(heads: Mapping[str, Tensor], pieces: Pieces, where: str) -> tupl
     return len(pieces), len(pieces[0]) * rows, columns
 
 
-def read_stack(files: Mapping[str, Path], pieces: Pieces, shape: tuple[int, ...]) -> Tensor:
-    """A stack of experts, each matrix read when its turn comes."""
+def read_stack(read: Callable[[str], Tensor], pieces: Pieces, shape: tuple[int, ...]) -> Tensor:
+    """A stack of experts, each matrix read, by its name in the checkpoint, when its turn comes."""
     stack = torch.empty(0)
     for expert, keys in enumerate(pieces):
-        own = torch.cat([read_tensor(files[key], key) for key in keys])
+        own = torch.cat([read(key) for key in keys])
         stack = own.new_empty(shape) if expert == 0 else stack
         stack[expert] = own
     return stack
