@@ -51,7 +51,7 @@ def manifest_of(
         "spec": dataclasses.asdict(plan.spec),
         "plan": {path: dataclasses.asdict(spec) for path, spec in plan.specs.items()},
         "source_sha256": digest((name, source.read(name)) for name in sorted(source.names())),
-        "calibration_sha256": digest(() if calibration is None else calibration.tensors()),
+        "calibration_sha256": digest(iter(()) if calibration is None else calibration.tensors()),
         "versions": {
             "autoround": __version__,
             "torch": torch.__version__,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from autoround.data.language import DatasetSpec
-from autoround.data.records import Chat, Document, plain_text
+from autoround.data.records import Chat, Document, Pictured, plain_text
 from autoround.errors import DataError
 from autoround.log import LOGGER
 
@@ -90,6 +90,11 @@ class _Renderer:
 
     def render(self, document: Document, number: int) -> str:
         """The text of a document; empty if it holds nothing but white space."""
+        if isinstance(document, Pictured):
+            raise DataError(
+                f"{document.where}: found an image after rows without any; needed text alone; give rows with images "
+                "as a dataset of their own"
+            )
         plain = plain_text(document)
         if not plain.strip():
             return ""
@@ -102,7 +107,7 @@ class _Renderer:
                 )
             self._warned = True
             return plain
-        return self._apply(_conversation(document, self._spec.system_prompt), number)
+        return self._apply(conversation(document, self._spec.system_prompt), number)
 
     def _apply(self, chat: Chat, number: int) -> str:
         from jinja2.exceptions import TemplateError
@@ -121,7 +126,8 @@ class _Renderer:
             ) from error
 
 
-def _conversation(document: Document, system_prompt: str | None) -> Chat:
+def conversation(document: str | Chat, system_prompt: str | None) -> Chat:
+    """A document as a chat, with this system prompt in place of its own; the empty one takes that away."""
     chat: Chat = [{"role": "user", "content": document}] if isinstance(document, str) else document
     if system_prompt is None:
         return chat

@@ -58,7 +58,7 @@ def read_file(path: Path, *, column: str | None = None) -> Iterator[Document]:
             raise DataError(f"{path}: found binary data; needed text in UTF-8; convert it, or give another file")
         if path.stat().st_size:
             for row, record in enumerate(reader(path), 1):
-                yield read_record(record, where=f"{path}, row {row}", column=column)
+                yield read_record(record, where=f"{path}, row {row}", column=column, folder=path.parent)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: found bytes that are not UTF-8 ({error.reason}); save it as UTF-8") from error
     except OSError as error:

@@ -1,6 +1,10 @@
-"""One record of a file or hub dataset -> one document: a text, or a chat as a list of messages. Torch-free."""
+"""One record of a file or hub dataset -> one document: a text, or a chat as a list of messages, perhaps with images.
+
+Torch-free.
+"""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
@@ -9,7 +13,21 @@ from autoround.errors import DataError
 
 Message: TypeAlias = dict[str, str]
 Chat: TypeAlias = list[Message]
-Document: TypeAlias = str | Chat
+
+
+class Pictured(NamedTuple):
+    """A chat with images.
+
+    Attributes:
+        where: the row, for messages.
+        messages: each with a role and its parts in order: texts, and images by the paths of existing files.
+    """
+
+    where: str
+    messages: tuple[tuple[str, tuple[str | Path, ...]], ...]
+
+
+Document: TypeAlias = str | Chat | Pictured
 
 
 class Source(NamedTuple):
@@ -20,6 +38,7 @@ class Source(NamedTuple):
 
 
 TEXT_KEYS = ("text", "content", "document", "markdown", "body", "code", "sentence")
+IMAGE_KEYS = ("path", "image")
 CHAT_KEYS = ("messages", "conversations", "conversation")
 PAIR_KEYS = (
     ("instruction", "output"),
@@ -39,26 +58,28 @@ _UNDERSTOOD = (
 )
 
 
-def read_record(record: object, *, where: str, column: str | None = None) -> Document:
+def read_record(record: object, *, where: str, column: str | None = None, folder: Path = Path()) -> Document:
     """Return the document in a record; null and missing texts in a known column are empty documents.
 
     Args:
         record: a string, or a mapping with a text, a chat or a question-and-answer pair.
         where: file or dataset with the row, for messages.
         column: the key to read; None looks for the known ones.
+        folder: where paths of images begin.
 
     Raises:
-        DataError: no document, or a malformed chat; the message names the row, its keys and the understood ones.
+        DataError: no document, a malformed chat, or an image that is not there; the message names the row, its keys
+            and the understood ones.
     """
     if isinstance(record, str):
         return record
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: found {_kind(record)}; understood: {_UNDERSTOOD}")
     if column is not None:
-        return _from_column(record, column, where=where)
+        return _from_column(record, column, where=where, folder=folder)
     for key in CHAT_KEYS:
         if isinstance(record.get(key), list):
-            return _chat(record[key], where=f"{where}, {key!r}")
+            return _chat(record[key], where=f"{where}, {key!r}", folder=folder)
     for key in TEXT_KEYS:
         if key in record and (record[key] is None or isinstance(record[key], str)):
             return record[key] or ""
@@ -72,11 +93,14 @@ def read_record(record: object, *, where: str, column: str | None = None) -> Doc
 
 
 def plain_text(document: Document) -> str:
-    """Return a document as text without a chat template: messages are joined by blank lines."""
+    """Return a document as text without a chat template and images: messages are joined by blank lines."""
+    if isinstance(document, Pictured):
+        texts = ("".join(part for part in parts if isinstance(part, str)) for _, parts in document.messages)
+        return "\n\n".join(texts)
     return document if isinstance(document, str) else "\n\n".join(message["content"] for message in document)
 
 
-def _from_column(record: Mapping[str, object], column: str, *, where: str) -> Document:
+def _from_column(record: Mapping[str, object], column: str, *, where: str, folder: Path) -> Document:
     if column not in record:
         hint = did_you_mean(column, record)
         raise DataError(f"{where}: found keys {_keys(record)}; needed {column!r}, as column= asks{hint}")
@@ -84,7 +108,7 @@ def _from_column(record: Mapping[str, object], column: str, *, where: str) -> Do
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, list):
-        return _chat(value, where=f"{where}, {column!r}")
+        return _chat(value, where=f"{where}, {column!r}", folder=folder)
     raise DataError(f"{where}: found {_kind(value)} in {column!r}; needed a text or a list of messages")
 
 
@@ -97,29 +121,44 @@ def _only_text(record: Mapping[str, object], *, where: str) -> str:
     raise DataError(f"{where}: found keys {_keys(record)}; understood: {_UNDERSTOOD}; name the key with column=KEY")
 
 
-def _chat(messages: list[object], *, where: str) -> Chat:
-    return [_message(message, where=f"{where} message {index}") for index, message in enumerate(messages, 1)]
+def _chat(messages: list[object], *, where: str, folder: Path) -> Chat | Pictured:
+    read = [_message(each, where=f"{where} message {index}", folder=folder) for index, each in enumerate(messages, 1)]
+    if any(isinstance(part, Path) for _, parts in read for part in parts):
+        return Pictured(where, tuple(read))
+    return [{"role": role, "content": "".join(map(str, parts))} for role, parts in read]
 
 
-def _message(message: object, *, where: str) -> Message:
+def _message(message: object, *, where: str, folder: Path) -> tuple[str, tuple[str | Path, ...]]:
+    """Role and parts of a message."""
     if not isinstance(message, Mapping):
         raise DataError(f"{where}: found {_kind(message)}; needed a mapping with role and content")
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
-    if isinstance(content, list):
-        content = "".join(_piece(piece, where=where) for piece in content)
-    if not isinstance(role, str) or not (content is None or isinstance(content, str)):
+    if not isinstance(role, str) or not (content is None or isinstance(content, str | list)):
         raise DataError(
-            f"{where}: found keys {_keys(message)}; needed role (or from) and content (or value), both texts"
+            f"{where}: found keys {_keys(message)}; needed role (or from) and content (or value), both texts, or "
+            "content as a list of parts"
         )
-    return {"role": _ROLES.get(role, role), "content": content or ""}
+    parts = content if isinstance(content, list) else [content or ""]
+    return _ROLES.get(role, role), tuple(_part(part, where=where, folder=folder) for part in parts)
 
 
-def _piece(piece: object, *, where: str) -> str:
-    text = piece.get("text") if isinstance(piece, Mapping) else piece
-    if not isinstance(text, str):
-        raise DataError(f"{where}: found content that is not text; needed text only; remove images and other media")
-    return text
+def _part(part: object, *, where: str, folder: Path) -> str | Path:
+    """A text, or the path of an image."""
+    if isinstance(part, str):
+        return part
+    known = part if isinstance(part, Mapping) else {}
+    if isinstance(text := known.get("text"), str):
+        return text
+    path = next((own for key in IMAGE_KEYS if isinstance(own := known.get(key), str)), None)
+    if path is None:
+        raise DataError(
+            f"{where}: found content that is neither text nor an image; needed parts such as "
+            f'{{"type": "text", "text": …}} and {{"type": "image", "path": …}}; remove other media'
+        )
+    if not (file := folder / Path(path).expanduser()).is_file():
+        raise DataError(f"{where}: found no image {path} in {folder.absolute()}; needed a file; check the path")
+    return file
 
 
 def _keys(record: Mapping[str, object]) -> str:

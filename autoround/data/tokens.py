@@ -3,16 +3,17 @@
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 
 from autoround.data.encode import encode, find_specials
+from autoround.data.images import Extras, Made, completed, made, rows_with_images, shortened
 from autoround.data.language import DatasetSpec, parse_specs
 from autoround.data.packing import Row, RowRequest, pack_rows, row_per_document
-from autoround.data.records import Document, read_record
+from autoround.data.records import Document, Pictured, read_record
 from autoround.data.report import CalibrationReport, SourceReport
 from autoround.data.sources import open_source
 from autoround.data.written import SELF, Writer, written_rows
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 DEFAULT_DATASET = "NeelNanda/pile-10k"
 
 Dataset: TypeAlias = str | Tensor | Sequence[object]
-"""Mini-language text, a [N, T] tensor of ids, or a sequence of specs, of texts and records, or of rows of ids."""
+"""Mini-language text, a [N, T] tensor of ids, or a sequence of specs, of texts and records, of rows of ids, or of what
+a processor returns for a row."""
 
 
 class Calibration(NamedTuple):
@@ -35,11 +37,19 @@ class Calibration(NamedTuple):
         tokens_NT: int64 token ids; padding holds EOS, or 0 where there is no EOS.
         valid_NT: bool, False on padding, which is always at the end of a row.
         report: what was read, kept and dropped.
+        extras: for each row the model's other arguments, such as pixels; empty where no row has images.
     """
 
     tokens_NT: Tensor
     valid_NT: Tensor
     report: CalibrationReport
+    extras: tuple[Extras, ...] = ()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All that decides what is learned, by name."""
+        yield from (("tokens", self.tokens_NT), ("valid", self.valid_NT))
+        for row, extras in enumerate(self.extras):
+            yield from ((f"{row}.{name}", extras[name]) for name in sorted(extras))
 
 
 class _Job(NamedTuple):
@@ -70,14 +80,15 @@ def load_calibration(
     Args:
         dataset: mini-language text; a sequence of ``DatasetSpec``; a sequence of texts, chats or records, packed like
             a file of them; a sequence of rows of ids (integer tensors [T] or [1, T], or lists of int) or an integer
-            tensor [N, T], one row each. None is ``DEFAULT_DATASET``.
+            tensor [N, T], one row each; a sequence of what a processor returns for one conversation. None is
+            ``DEFAULT_DATASET``.
         tokenizer: of the model to be quantized; rows of ids need none.
         nsamples: rows wanted, at least 1. Items with ``num`` give that many, the others share the rest evenly.
         seqlen: tokens in a row; rows of ids that are all shorter give rows as long as the longest.
         batch_size: rows of one tuning step; fewer rows than this (or than nsamples, if smaller) are an error.
         seed: of the order of documents and rows.
-        writer: the model to be quantized: it says which ids are allowed, and writes the rows of the source ``self``;
-            without it the tokenizer's vocabulary is allowed.
+        writer: the model to be quantized: it says which ids are allowed, writes the rows of the source ``self``, and
+            has the processor that reads images; without it the tokenizer's vocabulary is allowed.
 
     Raises:
         UsageError: malformed mini-language, or more items than rows.
@@ -103,8 +114,9 @@ def load_calibration(
             "calibration data: %d of %d rows of %d tokens (%s)", len(rows), nsamples, seqlen, _joined(report)
         )
     random.Random(seed).shuffle(rows)
-    tokens_NT, valid_NT = _tensors(rows, width, pad=0 if tokenizer is None else find_specials(tokenizer).pad)
-    return Calibration(tokens_NT, valid_NT, report)
+    pad = 0 if tokenizer is None else find_specials(tokenizer).pad
+    tokens_NT, valid_NT = _tensors([row.ids for row in rows], width, pad=pad)
+    return Calibration(tokens_NT, valid_NT, report, completed(rows, width))
 
 
 def needs_tokenizer(dataset: Dataset | None) -> bool:
@@ -113,7 +125,7 @@ def needs_tokenizer(dataset: Dataset | None) -> bool:
         return False
     if dataset is None or isinstance(dataset, str):
         return True
-    return len(dataset) > 0 and not (isinstance(dataset[0], Tensor) or _is_ids(dataset[0]))
+    return len(dataset) > 0 and not (isinstance(dataset[0], Tensor) or _is_ids(dataset[0]) or _is_processed(dataset[0]))
 
 
 def share_rows(nums: Sequence[int | None], nsamples: int) -> list[int]:
@@ -144,7 +156,7 @@ def share_rows(nums: Sequence[int | None], nsamples: int) -> list[int]:
     return shares
 
 
-def _read(dataset: Dataset, job: _Job) -> tuple[list[Row], list[SourceReport], int]:
+def _read(dataset: Dataset, job: _Job) -> tuple[list[Made], list[SourceReport], int]:
     """Rows of a dataset of any kind, their reports, and the width of the tensor to make."""
     if isinstance(dataset, str):
         return _from_specs(parse_specs(dataset), job)
@@ -159,6 +171,8 @@ def _read(dataset: Dataset, job: _Job) -> tuple[list[Row], list[SourceReport], i
     first = dataset[0]
     if isinstance(first, Tensor) or _is_ids(first):
         return _from_ids([_ids(row, index) for index, row in enumerate(dataset)], job)
+    if _is_processed(first):
+        return _from_made([_made(row, index) for index, row in enumerate(dataset)], "processed rows", job)
     return _from_records(dataset, job)
 
 
@@ -170,25 +184,30 @@ def _is_ids(row: object) -> bool:
     return isinstance(row, Sequence) and not isinstance(row, str) and all(isinstance(item, int) for item in row)
 
 
-def _from_specs(specs: Sequence[DatasetSpec], job: _Job) -> tuple[list[Row], list[SourceReport], int]:
-    rows: list[Row] = []
+def _is_processed(row: object) -> bool:
+    return isinstance(row, Mapping) and "input_ids" in row
+
+
+def _from_specs(specs: Sequence[DatasetSpec], job: _Job) -> tuple[list[Made], list[SourceReport], int]:
+    rows: list[Made] = []
     reports: list[SourceReport] = []
     shares = share_rows([spec.num for spec in specs], job.nsamples)
     for index, (spec, share) in enumerate(zip(specs, shares, strict=True)):
         seed = f"{job.seed}:{index}"
         if spec.name == SELF:
             assert job.tokenizer is not None, "text needs a tokenizer"
-            made, report = written_rows(spec, job.writer, job.tokenizer, rows=share, tokens=job.seqlen, seed=seed)
+            written, report = written_rows(spec, job.writer, job.tokenizer, rows=share, tokens=job.seqlen, seed=seed)
+            own = [Made(row) for row in written]
         else:
             source = open_source(spec, rng=random.Random(seed), rows=share)
-            made, report = _rows_of(source.documents, spec, share, job=job)
+            own, report = _rows_of(source.documents, spec, share, job=job)
             report = dataclasses.replace(report, origin=source.origin)
-        rows += made
+        rows += own
         reports.append(report)
     return rows, reports, job.seqlen
 
 
-def _from_records(records: Sequence[object], job: _Job) -> tuple[list[Row], list[SourceReport], int]:
+def _from_records(records: Sequence[object], job: _Job) -> tuple[list[Made], list[SourceReport], int]:
     # a list of messages is a chat: the record that a file would hold
     found = [
         read_record({"messages": record} if isinstance(record, list) else record, where=f"dataset[{index}]")
@@ -200,19 +219,33 @@ def _from_records(records: Sequence[object], job: _Job) -> tuple[list[Row], list
     return rows, [report], job.seqlen
 
 
-def _rows_of(found: Iterable[Document], spec: DatasetSpec, share: int, *, job: _Job) -> tuple[list[Row], SourceReport]:
+def _rows_of(found: Iterable[Document], spec: DatasetSpec, share: int, *, job: _Job) -> tuple[list[Made], SourceReport]:
+    """Packed rows of text; where one of the first documents has images, a row for each document."""
     assert job.tokenizer is not None, "text needs a tokenizer"
+    stream = iter(found)
+    firsts = list(itertools.islice(stream, share))
+    found = itertools.chain(firsts, stream)
+    if (pictured := next((each for each in firsts if isinstance(each, Pictured)), None)) is not None:
+        if job.writer is None:
+            raise DataError(f"{pictured.where}: found images and no model; needed one that sees them; use text alone")
+        request = RowRequest(spec.name, share, job.seqlen)
+        rows, report = rows_with_images(found, request, job.writer.processor(), spec=spec)
+        return _checked(rows, report, spec, job), report
     specials = find_specials(job.tokenizer)
     encoded = encode(iter(found), job.tokenizer, spec=spec, specials=specials)
     request = RowRequest(spec.name, share, job.seqlen)
     if spec.concat is False:
-        rows, report = row_per_document(encoded, request, prefix=specials.prefix)
+        packed, report = row_per_document(encoded, request, prefix=specials.prefix)
     else:
-        rows, report = pack_rows(encoded, request, specials=specials)
+        packed, report = pack_rows(encoded, request, specials=specials)
+    return _checked([Made(row) for row in packed], report, spec, job), report
+
+
+def _checked(rows: list[Made], report: SourceReport, spec: DatasetSpec, job: _Job) -> list[Made]:
     if not rows:
         raise _too_little(report, job.seqlen)
-    _check_vocabulary(rows, job.vocab_size, where=f"dataset {spec.name!r}, row ")
-    return rows, report
+    _check_vocabulary([row.ids for row in rows], job.vocab_size, where=f"dataset {spec.name!r}, row ")
+    return rows
 
 
 def _too_little(report: SourceReport, seqlen: int) -> DataError:
@@ -220,6 +253,11 @@ def _too_little(report: SourceReport, seqlen: int) -> DataError:
     where = f"dataset {report.name!r}"
     if not report.documents:
         return DataError(f"{where}: found no documents; needed some text; check the file or its split")
+    if report.dropped and "images" in report.dropped[0][0]:
+        return DataError(
+            f"{where}: found {report.documents} rows with images, all longer than {seqlen} tokens; needed shorter "
+            "ones; raise seqlen, or lower the size of images in preprocessor_config.json"
+        )
     if not report.tokens_cut:
         return DataError(f"{where}: found no text in {report.documents} documents; needed some; check column=")
     return DataError(
@@ -234,13 +272,25 @@ def _vocab_size(tokenizer: "PreTrainedTokenizerBase | None", writer: Writer | No
     return 2**31 if tokenizer is None else 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 
-def _from_ids(ids: list[Row], job: _Job) -> tuple[list[Row], list[SourceReport], int]:
-    _check_vocabulary(ids, job.vocab_size, where="dataset, row ")
-    random.Random(f"{job.seed}:0").shuffle(ids)
-    rows, report = row_per_document(ids, RowRequest(f"{len(ids)} rows of token ids", job.nsamples, job.seqlen))
+def _from_ids(ids: list[Row], job: _Job) -> tuple[list[Made], list[SourceReport], int]:
+    return _from_made([Made(row) for row in ids], "rows of token ids", job)
+
+
+def _from_made(found: list[Made], kind: str, job: _Job) -> tuple[list[Made], list[SourceReport], int]:
+    _check_vocabulary([row.ids for row in found], job.vocab_size, where="dataset, row ")
+    random.Random(f"{job.seed}:0").shuffle(found)
+    request = RowRequest(f"{len(found)} {kind}", job.nsamples, job.seqlen)
+    _, report = row_per_document((row.ids for row in found), request)
     if report.tokens_cut:
         LOGGER.warning("dataset: %d token ids lie beyond seqlen %d and are cut off", report.tokens_cut, job.seqlen)
-    return rows, [report], max(map(len, rows), default=0)
+    rows = [shortened(row, job.seqlen) for row in found if row.ids][: job.nsamples]
+    return rows, [report], max((len(row.ids) for row in rows), default=0)
+
+
+def _made(row: object, index: int) -> Made:
+    if not isinstance(row, Mapping):
+        raise DataError(f"dataset[{index}]: found {type(row).__name__}; needed a mapping, as the first item is")
+    return made(row, f"dataset[{index}]")
 
 
 def _ids(row: object, index: int) -> Row:

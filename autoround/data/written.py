@@ -10,16 +10,18 @@ from autoround.data.report import SourceReport
 from autoround.errors import DataError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 SELF = "self"
 
 
 class Writer(Protocol):
-    """A model that knows its vocabulary and writes rows: see ``autoround.model.sample.Sampler``."""
+    """A model that knows its vocabulary, writes rows, perhaps sees images: see ``autoround.model.sample.Sampler``."""
 
     @property
     def vocab_size(self) -> int: ...
+
+    def processor(self) -> "ProcessorMixin": ...
 
     def sample(
         self, rows: int, tokens: int, *, prefix: Sequence[int], firsts: Sequence[int], ends: Sequence[int], seed: str

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 
 from autoround.errors import ModelError
@@ -22,7 +23,8 @@ from autoround.model.gguf import GgufSource, open_gguf, read_config
 from autoround.model.hub import SIDE_FILES, download
 from autoround.model.remote import remote_headers
 from autoround.model.low_precision import METHODS
-from autoround.model.skeleton import build_skeleton, copy_skeleton
+from autoround.model.processor import open_processor
+from autoround.model.skeleton import build_skeleton, copy_skeleton, sees_images
 from autoround.model.source import INDEX, Headers, ModuleSource, SafetensorsSource, WeightSource
 
 CONFIG = "config.json"
@@ -42,7 +44,7 @@ class OpenModel:
         folder: where its files are; None for a model in memory.
         gguf_file: name of the GGUF file in that folder, if that is where the weights are.
         trust_remote_code: whether Python code that comes with the model may run.
-        own_tokenizer: what the user gave in place of the model's tokenizer: an object, a name, or None.
+        own_tokenizer: what the user gave in place of the model's tokenizer or processor: an object, a name, or None.
     """
 
     name: str
@@ -60,6 +62,9 @@ class OpenModel:
         Raises:
             ModelError: there is none, or it cannot be loaded.
         """
+        if isinstance(self.own_tokenizer, ProcessorMixin):
+            own: PreTrainedTokenizerBase = self.own_tokenizer.tokenizer
+            return own
         if self.own_tokenizer is not None and not isinstance(self.own_tokenizer, str | Path):
             return self.own_tokenizer
         origin = self.own_tokenizer or self.folder
@@ -75,6 +80,24 @@ class OpenModel:
                 f"{origin}: found no tokenizer that loads: {error}; needed its files beside the weights"
             ) from error
         return tokenizer
+
+    def processor(self) -> ProcessorMixin:
+        """Load the processor of images and text.
+
+        Raises:
+            ModelError: the model sees no images, or there is no processor that loads.
+        """
+        if not sees_images(self.config):
+            raise ModelError(
+                f"{self.name}: found rows with images; needed a model that sees them; leave the images out"
+            )
+        if isinstance(self.own_tokenizer, ProcessorMixin):
+            return self.own_tokenizer
+        if self.folder is None:
+            raise ModelError(
+                f"{self.name}: found no processor with a model in memory; needed one for images; pass it as tokenizer="
+            )
+        return open_processor(self.folder, self.config, trust_remote_code=self.trust_remote_code)
 
     def side_files(self) -> tuple[Path, ...]:
         """Files of the folder that a changed copy of the model takes over unchanged: tokenizer, templates, code, …"""

@@ -203,9 +203,13 @@ def _fresh(leaf: Any) -> Any:
 def _load(
     module: nn.Module, args: object, *, source: WeightSource, path: str, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Replace a module's own meta parameters by the stored ones, and that by which a model tells its device."""
+    """Replace a module's own meta parameters by the stored ones, and that by which a model tells its device.
+
+    A tower is read whole, since some read the weights of their layers themselves.
+    """
     del args
-    own = dict(module.named_parameters(recurse=False))
+    is_tower = isinstance(module, PreTrainedModel) and not any(isinstance(each, _Recorder) for each in module.modules())
+    own = dict(module.named_parameters(recurse=is_tower))
     if isinstance(module, PreTrainedModel):
         own.update([next(module.named_parameters())])
     for name, parameter in own.items():

@@ -16,7 +16,14 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from autoround.errors import DataError, ModelError
 from autoround.model.load import OpenModel
@@ -52,8 +59,12 @@ class Sampler:
     @property
     def vocab_size(self) -> int:
         """Ids that the model takes."""
-        size: int = self._model.config.get_text_config().vocab_size
+        size: int = self._model.skeleton.get_input_embeddings().get_parameter("weight").shape[0]
         return size
+
+    def processor(self) -> ProcessorMixin:
+        """The model's own processor of images and text; see ``OpenModel.processor``."""
+        return self._model.processor()
 
     def sample(
         self, rows: int, tokens: int, *, prefix: Sequence[int], firsts: Sequence[int], ends: Sequence[int], seed: str

@@ -48,7 +48,7 @@ def test_records(record: object, document: Document) -> None:
         (None, "found null"),
         ({"messages": ["x"]}, "'messages' message 1: found a value of type str"),
         ({"messages": [{"role": "user"}, {"who": "x"}]}, "message 2: found keys 'who'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content that is not text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content that is neither text nor an image"),
     ],
 )
 def test_records_without_text(record: object, says: str) -> None:

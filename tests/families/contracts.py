@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 import autoround
 from autoround import func
+from autoround.data.tokens import load_calibration
 from autoround.engine import Run, quantize
 from autoround.func.block import transposed_weights
 from autoround.journal import Journal
@@ -24,9 +25,11 @@ from autoround.model.capture import capture
 from autoround.model.carry import strip
 from autoround.model.finish import Ending, head_path
 from autoround.model.load import open_model
+from autoround.model.media import Media
 from autoround.model.source import WeightSource
 from autoround.recipe import Recipe
 from tests.families import table
+from tests.families.images import images
 from tests.model.tiny import block_outputs, chained_outputs
 
 STEPS = 6
@@ -46,6 +49,14 @@ class Spy:
         return self.source.read(name)
 
 
+class Rows(NamedTuple):
+    """Token ids, which of them count, and what comes beside them."""
+
+    tokens_NT: Tensor
+    valid_NT: Tensor
+    media: Media
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """A family's model, a tuned run of it that is exported, one rounded to nearest, and what the tuned one read."""
@@ -55,6 +66,7 @@ class Case:
     tuned: Run
     nearest: Run
     read_names: tuple[str, ...]
+    rows: Rows
 
 
 def rows() -> tuple[Tensor, Tensor]:
@@ -66,10 +78,10 @@ def rows() -> tuple[Tensor, Tensor]:
 
 def quantized(model_type: str, folder: Path) -> Case:
     """Save a family's model, quantize the folder twice and export it."""
-    model = table.make(model_type)
+    model, dataset = table.make(model_type), images(model_type) or rows()[0].tolist()
     model.save_pretrained(folder / "float")
     tuned, nearest = (
-        quantize(str(folder / "float"), _recipe(folder / name, preset))
+        quantize(str(folder / "float"), _recipe(folder / name, preset, dataset))
         for name, preset in (("tuned", "default"), ("nearest", "rtn"))
     )
     spy = Spy(tuned.model.source)
@@ -80,7 +92,9 @@ def quantized(model_type: str, folder: Path) -> Case:
             pass
     names = tuple(spy.read_names[hashed:])
     tuned.export()
-    return Case(model=model, folder=folder / "tuned", tuned=tuned, nearest=nearest, read_names=names)
+    calibration = load_calibration(dataset, None, nsamples=table.ROWS, seqlen=table.TOKENS, batch_size=1, seed=0)
+    own = Rows(calibration.tokens_NT, calibration.valid_NT, Media(calibration.extras))
+    return Case(model=model, folder=folder / "tuned", tuned=tuned, nearest=nearest, read_names=names, rows=own)
 
 
 def check_all(case: Case) -> None:
@@ -99,16 +113,16 @@ def check_plan(case: Case) -> None:
         if parameter.ndim < 2 or name in planned:
             continue
         module = case.model.get_submodule(path)
-        assert isinstance(module, nn.Embedding | nn.Conv1d) or last != "weight", name
+        assert isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d) or last != "weight", name
     assert case.tuned.plan.specs
 
 
 def check_blocks(case: Case) -> None:
     """Lifted blocks with recorded calls compute what the model computes."""
     model = open_model(case.folder.parent / "float")
-    blocks, (tokens_NT, valid_NT) = find_blocks(model.skeleton), rows()
-    captured = capture(model, tokens_NT, valid_NT, blocks=blocks, batch_size=3)
-    expected = block_outputs(case.model, blocks, tokens_NT, valid_NT)
+    blocks, (tokens_NT, valid_NT, media) = find_blocks(model.skeleton), case.rows
+    captured = capture(model, tokens_NT, valid_NT, batch_size=3, media=media)
+    expected = block_outputs(case.model, blocks, *case.rows)
     outputs = chained_outputs(model, blocks, captured, batch_size=2)
     assert len(outputs) == len(expected) == len(blocks)
     for path, output_NTW, expected_NTD in zip(blocks, outputs, expected, strict=True):
@@ -120,14 +134,16 @@ def check_blocks(case: Case) -> None:
 
 def check_ending(case: Case) -> None:
     """What follows the last block, run by itself, gives the head what the model gives it."""
-    model, (tokens_NT, valid_NT) = open_model(case.folder.parent / "float"), rows()
+    model, (tokens_NT, valid_NT, media) = open_model(case.folder.parent / "float"), case.rows
     blocks, head = find_blocks(model.skeleton), head_path(model.skeleton)
-    outputs = chained_outputs(model, blocks, capture(model, tokens_NT, valid_NT, blocks=blocks, batch_size=3), 2)
+    captured = capture(model, tokens_NT, valid_NT, batch_size=3, media=media)
+    outputs = chained_outputs(model, blocks, captured, 2)
     ending = Ending(model, blocks, head, torch.device("cpu"), torch.float32)
-    ours_NTD = torch.cat([own for own, _ in ending.head_inputs(outputs[-1], tokens_NT, valid_NT, batch_size=3)])
+    pairs = ending.head_inputs(outputs[-1], tokens_NT, valid_NT, batch_size=3, media=media)
+    ours_NTD = torch.cat([own for own, _ in pairs])
     inputs: list[Tensor] = []
     hook = case.model.get_submodule(head).register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    logits(case.model)
+    logits(case.model, case.rows)
     hook.remove()
     torch.testing.assert_close(ours_NTD, inputs[0], rtol=1e-3, atol=1e-3)
 
@@ -145,7 +161,7 @@ def check_loss(case: Case) -> None:
     """Tuning brings the outputs of the first block closer to the float ones than rounding to nearest."""
     first = find_blocks(case.model)[:1]
     expected_NTD, tuned_NTD, nearest_NTD = (
-        block_outputs(model, first, *rows())[0]
+        block_outputs(model, first, *case.rows)[0]
         for model in (case.model, dequantized(case.model, case.tuned), dequantized(case.model, case.nearest))
     )
     errors = [float((each - expected_NTD).square().mean()) for each in (tuned_NTD, nearest_NTD)]
@@ -156,9 +172,9 @@ def check_export(case: Case) -> None:
     """The folder is read back by the family's own class and computes with the weights that the codes stand for."""
     loaded = autoround.load(case.folder / "out", dtype=torch.float32)
     assert type(loaded) is type(case.model)
-    ours, expected = (logits(each) for each in (loaded, dequantized(case.model, case.tuned)))
+    ours, expected = (logits(each, case.rows) for each in (loaded, dequantized(case.model, case.tuned)))
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
-    assert not torch.equal(expected, logits(case.model))
+    assert not torch.equal(expected, logits(case.model, case.rows))
 
 
 def dequantized(model: PreTrainedModel, run: Run) -> PreTrainedModel:
@@ -173,9 +189,11 @@ def dequantized(model: PreTrainedModel, run: Run) -> PreTrainedModel:
     return changed
 
 
-def logits(model: PreTrainedModel) -> Tensor:
+def logits(model: PreTrainedModel, rows: Rows) -> Tensor:
+    mask = None if rows.valid_NT.all() else rows.valid_NT.long()
+    own = rows.media.take(torch.arange(len(rows.tokens_NT)))
     with torch.no_grad():
-        return model(input_ids=rows()[0], use_cache=False).logits.float()
+        return model(input_ids=rows.tokens_NT, attention_mask=mask, use_cache=False, **own).logits.float()
 
 
 def _codes(run: Run) -> Iterator[tuple[str, func.IntCodes]]:
@@ -185,13 +203,13 @@ def _codes(run: Run) -> Iterator[tuple[str, func.IntCodes]]:
             yield f"{part.prefix}{relative}", own
 
 
-def _recipe(folder: Path, preset: str) -> Recipe:
+def _recipe(folder: Path, preset: str, dataset: Any) -> Recipe:
     own: dict[str, Any] = {"iters": STEPS, "keep": "best"} if preset == "default" else {}
     return Recipe.preset(
         preset,
         bits=2,
         group_size=32,
-        dataset=rows()[0].tolist(),
+        dataset=dataset,
         nsamples=table.ROWS,
         seqlen=table.TOKENS,
         batch_size=table.ROWS,

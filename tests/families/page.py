@@ -17,7 +17,12 @@ from tests.families import contracts
 from tests.families.table import FAMILIES
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
-_TITLES = {"dense": "Dense models", "hybrid": "Hybrid and recurrent models", "experts": "Mixtures of experts"}
+_TITLES = {
+    "dense": "Dense models",
+    "hybrid": "Hybrid and recurrent models",
+    "experts": "Mixtures of experts",
+    "vision": "Models of images and text",
+}
 _HEAD = """# Model families
 
 Written by `make families`. Every row is a test: a tiny random model of transformers' own class is saved, quantized
@@ -29,7 +34,8 @@ are closer to the float ones after tuning than after rounding to nearest.
 Blocks are found by structure: there is no code for any of these families but one entry of a table, which lets xLSTM
 run in float32, so that others of the same kinds should work as well. *Functions* counts the blocks that compute
 different things: each of these gets a compiled step of its own, equal blocks share one. *Layers* counts those
-quantized and those kept, with the reasons in the plan that `--dry-run` prints. Embeddings, norms, convolutions and
+quantized and those kept, with the reasons in the plan that `--dry-run` prints. Models of images and text are tuned on
+rows of two images, one and none, some padded; their towers are kept. Embeddings, norms, convolutions and
 parameters that are no layers are always kept.
 """
 

@@ -22,6 +22,7 @@ from transformers import (
 from autoround import func
 from autoround.model.capture import Captured
 from autoround.model.load import OpenModel
+from autoround.model.media import NO_MEDIA, Media
 from autoround.model.read import read_block
 
 VOCABULARY, TOKENS, ROWS = 48, 12, 5
@@ -88,7 +89,9 @@ def validity(*, padded: bool) -> Tensor:
     return valid_NT
 
 
-def block_outputs(model: nn.Module, blocks: Iterable[str], tokens_NT: Tensor, valid_NT: Tensor) -> list[Tensor]:
+def block_outputs(
+    model: nn.Module, blocks: Iterable[str], tokens_NT: Tensor, valid_NT: Tensor, media: Media = NO_MEDIA
+) -> list[Tensor]:
     """What the blocks of a loaded model return in one forward of all rows."""
     outputs: list[Tensor] = []
 
@@ -97,7 +100,8 @@ def block_outputs(model: nn.Module, blocks: Iterable[str], tokens_NT: Tensor, va
 
     hooks = [model.get_submodule(path).register_forward_hook(note) for path in blocks]
     with torch.no_grad():
-        model(input_ids=tokens_NT, attention_mask=None if valid_NT.all() else valid_NT.long())
+        own = media.take(torch.arange(len(tokens_NT)))
+        model(input_ids=tokens_NT, attention_mask=None if valid_NT.all() else valid_NT.long(), **own)
     for hook in hooks:
         hook.remove()
     return outputs
