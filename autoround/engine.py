@@ -10,21 +10,22 @@ from filelock import BaseFileLock
 from torch import Tensor, nn
 
 from autoround import config, func
+from autoround.activations import Inputs, Place, Stream, choose_place
 from autoround.backends.base import Numerics, select_all
+from autoround.backends.host import free_bytes
 from autoround.coverage import token_stats, told
 from autoround.data.tokens import Calibration, load_calibration, needs_tokenizer
 from autoround.errors import AutoRoundError, UsageError
-from autoround.export import Target, no_codes, origin, write_formats
+from autoround.export import Target, origin, write_formats
 from autoround.families import split
-from autoround.formats.gguf.file import GgufFile
-from autoround.formats.gguf.plan import plan_file
+from autoround.fate import plan_run
 from autoround.formats.registry import rules
 from autoround.formats.writer import check_folder, parse_size
 from autoround.identity import manifest_of
 from autoround.journal import MANIFEST, Journal, hold, open_journal, read_manifest
 from autoround.log import LOGGER
-from autoround.model.blocks import embedding
-from autoround.model.capture import CallTemplate, capture
+from autoround.model.calls import CallTemplate
+from autoround.model.capture import capture
 from autoround.model.experts import describe
 from autoround.model.finish import Ending, head_path, mean_square, read_weight
 from autoround.model.load import OpenModel, open_model
@@ -34,11 +35,10 @@ from autoround.model.read import read_block
 from autoround.model.sample import Sampler
 from autoround.model.skeleton import sees_images
 from autoround.numerics import choose_numerics
-from autoround.plan import FormatRules, Plan, Structure, check_format, check_head, with_extra
+from autoround.plan import Plan, check_head, with_extra
 from autoround.progress import BlockDone, Meter, Progress
 from autoround.recipe import Recipe
-from autoround.resolve import resolve
-from autoround.tuner import MOMENT_ROWS, BlockTuner, Inputs, Stream
+from autoround.tuner import MOMENT_ROWS, BlockTuner
 
 TEXT_ALONE = (
     "calibration data: text alone for a model that sees images: what image tokens make its layers compute is not seen, "
@@ -129,10 +129,12 @@ class Run:
         shape = dataclasses.replace(describe(self.model.skeleton), head=head_path(self.model.skeleton))
         self._head = shape.head
         recorded = {**needed_numerics(self.model.config.model_type), **recorded}
-        self.plan: Plan = with_extra(self._planned(shape, format_rules), self.model.source.extra())
+        self.plan: Plan = with_extra(plan_run(recipe, self.model, shape, format_rules), self.model.source.extra())
         self._numerics = choose_numerics(
             recipe, self.plan, self._backend, len(self._devices), {"attention": attention, **recorded}
         )
+        free, dtype = min(free_bytes().values()), self._numerics.torch_dtype
+        self._place = choose_place(recipe, self.model, dtype, self._device, free)
         self._meter = Meter(len(self.plan.parts), recipe.iters, self._backend.memory_bytes, on_progress)
         self._journal: Journal | None = None
         self._lock: BaseFileLock | None = None  # of a journal that is there; held from before the first work on
@@ -144,6 +146,11 @@ class Run:
     def numerics(self) -> Numerics:
         """How it computes."""
         return self._numerics
+
+    @property
+    def place(self) -> Place:
+        """Where activations lie."""
+        return self._place
 
     @property
     def device(self) -> torch.device:
@@ -209,25 +216,6 @@ class Run:
             on_format=lambda name, folder: self._meter.phase("export", f"{name} in {folder}"),
         )
 
-    def _planned(self, shape: Structure, format_rules: Sequence[FormatRules]) -> Plan:
-        """The fate of every weight: that of a GGUF file, or what the recipe says."""
-        recipe, source = self.recipe, self.model.source
-        if file_type := next((rule.file_type for rule in format_rules if rule.file_type), ""):
-            shapes = {name: source.shape(name) for name in source.names()}
-            plan = plan_file(file_type, shape, embedding(self.model.skeleton), self.model.config, shapes)
-            for rule in format_rules:
-                check_format(plan, rule)
-            GgufFile(file_type=file_type, model=self.model, plan=plan, codes=no_codes).metadata()  # the tokenizer fits
-            return plan
-        return resolve(
-            recipe.spec,
-            recipe.odd_shapes,
-            shape,
-            format_rules,
-            settings=recipe.layer_settings,
-            head=recipe.quant_lm_head,
-        )
-
     def _calibration(self) -> Calibration:
         self._meter.phase("calibration", "reading text")
         torch.set_num_threads(self._numerics.threads)  # a model that writes rows repeats them with as many
@@ -283,7 +271,8 @@ class Run:
             tensors = read_block(self.model, block.path, device=self._device)
             inputs = None
             if stream is not None and calibration is not None:
-                inputs = Inputs(templates[index], stream, calibration.valid_NT)
+                room = self._place.empty(journal.activations, index)
+                inputs = Inputs(templates[index], stream, calibration.valid_NT, room)
             try:
                 tuned = tuner.tune(index, block_fn, tensors, block.specs, inputs)
             except AutoRoundError as error:
@@ -324,8 +313,8 @@ class Run:
         """How every block is called, and what flows into block ``start``; nothing where there is no data."""
         if calibration is None:
             return (), None
-        self._meter.phase("calibration", "capturing the calls of all blocks")
-        home = torch.device("cpu") if self.recipe.low_gpu_mem_usage else self._device
+        self._meter.phase("calibration", f"capturing the calls of all blocks; activations lie {self._place}")
+        home = self._place.home
         captured = capture(
             self.model,
             calibration.tokens_NT.to(home),
@@ -336,9 +325,8 @@ class Run:
             dtype=self._numerics.torch_dtype,
         )
         if start == 0:
-            return captured.templates, Stream(captured.hidden_NTD, captured.hidden_NTD)
-        kept = journal.activations.read(start - 1)
-        return captured.templates, Stream(*(kept[name].to(home) for name in Stream._fields))
+            return captured.templates, self._place.first(journal.activations, captured.hidden_NTD)
+        return captured.templates, self._place.again(journal.activations, start)
 
 
 def _stats(losses_K: Tensor) -> dict[str, float]:

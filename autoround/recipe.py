@@ -94,6 +94,10 @@ class Recipe:
     device_map: str = option(
         "auto", "auto, cpu, cuda, xpu, hpu, or numbers of accelerators: 0,1,2,3", "device", "device", "devices")
     low_gpu_mem_usage: bool = option(False, "keep activations in host memory", "device")
+    activations: Literal["ram", "disk", "auto"] = option(
+        "auto", "where calibration activations lie: ram, disk (memory-mapped files of the journal), or auto: on the "
+        "disk where they would take more than half of the free memory; the result is the same", "device",
+        choices=("ram", "disk", "auto"))
     torch_compile: bool | None = option(
         None, "compile the tuning step; on where it helps when unset", "device", "enable_torch_compile",
         off_flags=("disable_torch_compile",))

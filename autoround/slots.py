@@ -45,8 +45,9 @@ class Slots:
         file, items = self._file(index, name), math.prod(shape)
         with reported(file):
             self._folder.mkdir(exist_ok=True)
-            self._notes(index).unlink(missing_ok=True)
-            file.unlink(missing_ok=True)
+            if not any(made == index for made, _ in self._made):
+                for old in self._folder.glob(f"{index % 2}.*"):
+                    old.unlink()
             if not items:
                 return torch.empty(shape, dtype=dtype)
             try:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from autoround import func
+from autoround.activations import Inputs, Stream
 from autoround.backends.base import Numerics, jit
 from autoround.coverage import STARVED_TOKENS
 from autoround.errors import AutoRoundError
@@ -26,26 +27,6 @@ from autoround.recipe import Recipe
 MOMENT_ROWS = 32
 # Weights of a single layer that are quantized at a time.
 LAYER_ELEMENTS = 2**23
-
-
-class Stream(NamedTuple):
-    """What flows from block to block.
-
-    Attributes:
-        float_NTD: outputs of the float blocks; empty where no steps need targets.
-        quantized_NTD: outputs of the quantized blocks.
-    """
-
-    float_NTD: Tensor
-    quantized_NTD: Tensor
-
-
-class Inputs(NamedTuple):
-    """What a block is tuned on: its calls, the rows that flow in, and which tokens count."""
-
-    template: CallTemplate
-    stream: Stream
-    valid_NT: Tensor
 
 
 class Tuned(NamedTuple):
@@ -114,7 +95,8 @@ class BlockTuner:
         float_tensors = cast(tensors, self._dtype)
         target_NTD = torch.empty(0)
         if self._recipe.iters:
-            target_NTD = self._forward(block_fn, float_tensors, inputs.template, inputs.stream.float_NTD)
+            room = partial(inputs.empty, "float_NTD")
+            target_NTD = self._forward(block_fn, float_tensors, inputs.template, inputs.stream.float_NTD, room)
         fusion = func.fuse(weights.tuned, specs)
         observed = self._observe(block_fn, float_tensors, specs, inputs)
         tokens, trained_fn, aim_NTD = observed.tokens, block_fn, target_NTD
@@ -124,7 +106,8 @@ class BlockTuner:
             float_tensors |= turns
             observed = self._observe(trained_fn, float_tensors, specs, inputs)
             if self._recipe.iters:
-                aim_NTD = self._forward(trained_fn, float_tensors, inputs.template, inputs.stream.float_NTD)
+                room = partial(inputs.empty, "aim_NTD")
+                aim_NTD = self._forward(trained_fn, float_tensors, inputs.template, inputs.stream.float_NTD, room)
         start = self._start(weights, observed.moments, specs)
         tuned = func.compensate(weights.tuned, start, observed.hessians, specs)
         weights, params = weights._replace(tuned=fusion.merge(tuned)), fusion.merge(start)
@@ -135,7 +118,8 @@ class BlockTuner:
         codes = _quantize(fusion.split(weights.tuned), found, specs)
         rounded = {f"{path}.weight": func.dequantize(own, specs[path]).to(self._dtype) for path, own in codes.items()}
         quantized = {**weights.frozen, **rounded}
-        quantized_NTD = self._forward(block_fn, quantized, inputs.template, inputs.stream.quantized_NTD)
+        room = partial(inputs.empty, "quantized_NTD")
+        quantized_NTD = self._forward(block_fn, quantized, inputs.template, inputs.stream.quantized_NTD, room)
         return Tuned(codes, result.losses_K, Stream(target_NTD, quantized_NTD), tokens)
 
     def quantize_layer(
@@ -165,7 +149,12 @@ class BlockTuner:
         return type(parts[0])(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
     def _forward(
-        self, block_fn: func.BlockFn, tensors: Mapping[str, Tensor], template: CallTemplate, x_NTD: Tensor
+        self,
+        block_fn: func.BlockFn,
+        tensors: Mapping[str, Tensor],
+        template: CallTemplate,
+        x_NTD: Tensor,
+        room: Callable[[Sequence[int], torch.dtype, torch.device], Tensor],
     ) -> Tensor:
         """The block's outputs for all rows, where the rows live, in the dtype that the block returns."""
         y_NTD, replicas = torch.empty(0), _replicas(tensors, self._devices)
@@ -174,7 +163,7 @@ class BlockTuner:
                 torch.arange(len(x_NTD)).split(self._recipe.batch_size), itertools.cycle(self._devices), strict=False
             ):
                 y_BTD = block_fn(replicas[device], self._call(template, x_NTD, rows_B, device))
-                y_NTD = y_NTD if len(y_NTD) else y_BTD.new_empty(len(x_NTD), *y_BTD.shape[1:], device=x_NTD.device)
+                y_NTD = y_NTD if len(y_NTD) else room((len(x_NTD), *y_BTD.shape[1:]), y_BTD.dtype, x_NTD.device)
                 y_NTD[rows_B] = y_BTD.to(y_NTD.device)
         return y_NTD
 

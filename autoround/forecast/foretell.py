@@ -59,7 +59,7 @@ def _forecast(model: OpenModel, recipe: Recipe, process: int, *, probe: bool) ->
     written = sum(sum(sizes.values()) for sizes in files.values())
     disk = _disk(bare, memory, written)
     numerics = run.numerics
-    words = f"{numerics.device}, {numerics.dtype}, {numerics.attention} attention, "
+    words = f"{numerics.device}, {numerics.dtype}, {numerics.attention} attention, activations {run.place}, "
     return Forecast(
         plan=run.plan,
         formats=recipe.format,
@@ -123,6 +123,8 @@ def _remedies(recipe: Recipe, *, accelerated: bool) -> Iterator[dict[str, Any]]:
     while rows % 2 == 0:
         rows, parts = rows // 2, parts * 2
         yield {"batch_size": rows, "gradient_accumulate_steps": parts}
+    if recipe.needs_data and recipe.activations != "disk":
+        yield {"activations": "disk"}
     for name, least in LEAST.items():
         value = getattr(recipe, name) // 2
         while value >= least:

@@ -1,15 +1,12 @@
 """What this machine has free for a run."""
 
 import shutil
-import sys
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
 import torch
 
+from autoround.backends.host import free_bytes
 from autoround.forecast.types import Room
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def room(folder: Path, device: torch.device) -> Room:
@@ -19,65 +16,8 @@ def room(folder: Path, device: torch.device) -> Room:
         folder: where outputs go; it need not exist.
         device: where blocks run.
     """
-    bounds = {"this machine": psutil.virtual_memory().available}
-    if (grouped := _group_free()) is not None:
-        bounds["its control group"] = grouped
-    if (own := _own_free()) is not None:
-        bounds["the limit of this process"] = own
+    bounds = free_bytes()
     limit = min(bounds, key=lambda name: bounds[name])
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     return Room(host=max(bounds[limit], 0), host_limit=limit, device=free, disk=shutil.disk_usage(parent).free)
-
-
-def _group_free(root: Path = _CGROUP, groups: Path = Path("/proc/self/cgroup")) -> int | None:
-    """Bytes that the control groups of this process leave it; None where they set no bound.
-
-    Every group above counts as well; mounted into a container, the root is the process's own group.
-    """
-    try:
-        lines = [line.split(":", 2) for line in groups.read_text().splitlines()]
-    except OSError:
-        return None
-    free = []
-    for _, kinds, path in (line for line in lines if len(line) == 3):
-        if kinds == "":
-            base, limit, used = root, "memory.max", "memory.current"
-        elif "memory" in kinds.split(","):
-            base, limit, used = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        own = base / path.lstrip("/")
-        for folder in (own, *own.parents):
-            if folder.is_relative_to(base) and (bound := _number(folder / limit)) is not None:
-                free.append(bound - (_number(folder / used) or 0) + _reclaimable(folder / "memory.stat"))
-    return min(free, default=None)
-
-
-def _reclaimable(file: Path) -> int:
-    """Bytes of cached files that a group counts as used and gives up when memory is short."""
-    try:
-        counts = dict(line.split(" ", 1) for line in file.read_text().splitlines())
-    except OSError:
-        return 0
-    return int(counts.get("total_inactive_file", counts.get("inactive_file", "0")))
-
-
-def _own_free() -> int | None:
-    """Bytes that RLIMIT_DATA and RLIMIT_AS leave this process; None where they set no bound."""
-    if sys.platform != "linux":
-        return None
-    process = psutil.Process()
-    memory = process.memory_info()
-    free = [soft - used
-            for kind, used in ((psutil.RLIMIT_DATA, memory.data), (psutil.RLIMIT_AS, memory.vms))
-            for soft in process.rlimit(kind)[:1] if soft >= 0]  # fmt: skip
-    return min(free, default=None)
-
-
-def _number(file: Path) -> int | None:
-    """The number that a file holds; None for "max" and where there is no such file."""
-    try:
-        return int(file.read_text())
-    except (OSError, ValueError):
-        return None

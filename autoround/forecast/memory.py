@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
+from autoround.activations import FLOWS, Inputs, Stream
 from autoround.forecast.blank import BlankRun, mapped
 from autoround.forecast.count import ByteCount, without_data
 from autoround.forecast.types import BlockNeed, Memory
@@ -20,7 +21,7 @@ from autoround.func import Codes
 from autoround.model.finish import read_weight
 from autoround.model.read import read_block
 from autoround.recipe import Recipe
-from autoround.tuner import BlockTuner, Inputs, Stream
+from autoround.tuner import BlockTuner
 
 # Resident memory for each byte of tensors that live at the worst moment: glibc keeps what is freed between them.
 # Chosen from the peaks of three small dense models; benchmarks/plan_accuracy.py compares.
@@ -31,8 +32,6 @@ DEVICE_KEPT, DEVICE_CONTEXT = 1.1, 500_000_000
 DATA_BYTES = 45_000_000
 # What compiling a step and a search adds to a process: an estimate.
 COMPILER_BYTES = 200_000_000
-# Copies of all rows that live at the end of a block: what flowed in and what flows out, float and quantized.
-_FLOWS = 4
 # Steps in which every kind of tensor that a step makes has been there.
 _STEPS = 2
 
@@ -49,7 +48,7 @@ def memory_of(blank: BlankRun, process: int) -> Memory:
     """
     run = blank.run
     blocks = tuple(_block_needs(blank))
-    activations = _FLOWS * _rows(blank).nbytes if blank.templates else 0
+    activations = FLOWS * _rows(blank).nbytes if blank.templates else 0
     on_device = run.device.type != "cpu"
     others, outside_codes = _others(blank)
     host = process + (DATA_BYTES if blank.templates else 0)
@@ -87,12 +86,12 @@ def _tuned(blank: BlankRun, index: int) -> tuple[int, int, int]:
     """Tune a block without data: bytes at the worst moment on the host and on the device, and those of its codes.
 
     A few batches of rows show every kind of tensor; the other rows are added as often as they lie in memory: three
-    times up to the last step, and once more when the quantized block's outputs are there.
+    times up to the last step, and once more when the quantized block's outputs are there; on the disk, none of them do.
     """
     run, block, home = blank.run, blank.run.plan.blocks[index], _home(blank)
     some = dataclasses.replace(run.recipe, nsamples=min(run.recipe.nsamples, 2 * _step_rows(run.recipe)))
     row = math.prod(blank.hidden) * run.numerics.torch_dtype.itemsize if blank.templates else 0
-    missing = (run.recipe.nsamples - some.nsamples) * row
+    missing = -some.nsamples * row if run.place.on_disk else (run.recipe.nsamples - some.nsamples) * row
     peaks: dict[str, int] = defaultdict(int)
 
     def mark(copies: int) -> None:
@@ -104,9 +103,9 @@ def _tuned(blank: BlankRun, index: int) -> tuple[int, int, int]:
         stored = read_block(blank.model, block.path)
         tensors = {name: _empty(tensor, run.device) for name, tensor in stored.items()}
         aims = run.recipe.starved_experts == "route_all"  # then steps have targets of their own
-        tuner = _tuner(blank, on_step=lambda done, loss: mark(_FLOWS - 1 + aims))
+        tuner = _tuner(blank, on_step=lambda done, loss: mark(FLOWS - 1 + aims))
         tuned = tuner.tune(index, blank.block_fn(index), tensors, block.specs, _inputs(blank, index, some.nsamples))
-        mark(_FLOWS)
+        mark(FLOWS)
         codes = code_bytes(tuned.codes)
         del tuned
     on_device = 0 if run.device.type == "cpu" else peaks[run.device.type]
@@ -119,7 +118,7 @@ def _step_rows(recipe: Recipe) -> int:
 
 def _home(blank: BlankRun) -> torch.device:
     """Where rows live."""
-    return torch.device("cpu") if blank.run.recipe.low_gpu_mem_usage else blank.run.device
+    return blank.run.place.home
 
 
 def _inputs(blank: BlankRun, index: int, rows: int) -> Inputs | None:
@@ -147,6 +146,7 @@ def _others(blank: BlankRun) -> tuple[int, int]:
     """Bytes at the worst moment outside the blocks, and those of the codes that are made there."""
     run, source = blank.run, blank.model.source
     dtype, rows = run.numerics.torch_dtype, _rows(blank).nbytes if blank.templates else 0
+    flows = 0 if run.place.on_disk else 2 * rows
     sizes = [math.prod(source.shape(name)) * source.dtype(name).itemsize for name in source.names()]
     read = 0
     for name in blank.outside:  # as stored, mapped, and once more where it is cast
@@ -154,7 +154,7 @@ def _others(blank: BlankRun) -> tuple[int, int]:
         read += math.prod(source.shape(name)) * (source.dtype(name).itemsize + cast)
     last = run.plan.parts[len(run.plan.blocks) :]
     ends = [_single(blank, path) for part in last for path in part.specs]
-    return max([read + rows, *(2 * rows + peak for peak, _ in ends), *sizes]), sum(codes for _, codes in ends)
+    return max([read + rows, *(flows + peak for peak, _ in ends), *sizes]), sum(codes for _, codes in ends)
 
 
 def _single(blank: BlankRun, path: str) -> tuple[int, int]:

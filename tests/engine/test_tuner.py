@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor
 
 from autoround import func
@@ -15,6 +14,7 @@ from autoround.data.tokens import load_calibration
 from autoround.engine import quantize
 from autoround.errors import ModelError
 from autoround.func.init import search_clips
+from autoround.journal import Journal
 from autoround.recipe import Recipe
 from autoround.tuner import BlockTuner, batch_rows, make_optimizer
 from tests.engine.small import ROWS, TOKENS, codes, make, pin, recipe, replaced, rows, tune
@@ -79,7 +79,7 @@ def test_the_next_block_is_fed_float_and_quantized_outputs(tmp_path: Path) -> No
     model, made = make(), recipe(tmp_path)
     run = quantize(model, pin(model, made, dtype="float32"))
     next(iter(run))
-    kept = load_file(run.journal_folder / "activations" / "0.safetensors")
+    kept = Journal(run.journal_folder, {}).activations.read(0)
     list(run)
     for name, source in (("float_NTD", model), ("quantized_NTD", replaced("llama", run))):
         with torch.no_grad():

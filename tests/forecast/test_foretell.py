@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from autoround.backends.host import group_free
 from autoround.cli.plan import as_json, as_text
 from autoround.errors import ModelError, UsageError
 from autoround.forecast import foretell as foretelling
 from autoround.forecast.foretell import foretell
-from autoround.forecast.machine import _group_free, room
+from autoround.forecast.machine import room
 from autoround.forecast.types import Forecast, Room
 from autoround.model.source import SafetensorsSource
 from tests.engine import mixtures, small
@@ -162,9 +163,9 @@ def test_control_groups_of_version_2(tmp_path: Path) -> None:
     groups.write_text("0::/outer/inner\n")
     group(tmp_path / "outer", memory_max=1000, memory_current=300)
     group(tmp_path / "outer" / "inner", memory_max="max", memory_current=200)
-    assert _group_free(tmp_path, groups) == 700
+    assert group_free(tmp_path, groups) == 700
     group(tmp_path / "outer" / "inner", memory_max=600, memory_stat="anon 10\ninactive_file 150\n")
-    assert _group_free(tmp_path, groups) == 550
+    assert group_free(tmp_path, groups) == 550
 
 
 def test_control_groups_of_version_1_and_none(tmp_path: Path) -> None:
@@ -172,11 +173,11 @@ def test_control_groups_of_version_1_and_none(tmp_path: Path) -> None:
     groups.write_text("4:memory:/jobs/one\n3:cpuset:/\n")
     folder = tmp_path / "memory" / "jobs" / "one"
     folder.mkdir(parents=True)
-    assert _group_free(tmp_path, groups) is None
+    assert group_free(tmp_path, groups) is None
     (folder / "memory.limit_in_bytes").write_text("500\n")
     (folder / "memory.usage_in_bytes").write_text("100\n")
-    assert _group_free(tmp_path, groups) == 400
-    assert _group_free(tmp_path, tmp_path / "absent") is None
+    assert group_free(tmp_path, groups) == 400
+    assert group_free(tmp_path, tmp_path / "absent") is None
 
 
 def test_a_limit_on_this_process_counts(tmp_path: Path) -> None:

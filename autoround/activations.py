@@ -1,0 +1,117 @@
+"""What flows from block to block, and where it lies: in memory, or in memory-mapped files of the journal.
+
+Legend: N samples, T tokens, D hidden size. Where rows lie makes no difference to any result.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from autoround.model.blocks import embedding
+from autoround.model.calls import CallTemplate
+from autoround.model.load import OpenModel
+from autoround.recipe import Recipe
+from autoround.slots import Slots
+
+# Copies of all rows that live at the end of a block: what flowed in and what flows out, float and quantized.
+FLOWS = 4
+# Share of the free memory that rows may take: the rest is for the block that is tuned.
+SHARE = 0.5
+
+
+class Empty(Protocol):
+    """Makes a tensor for rows that flow out of a block."""
+
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor: ...
+
+
+def in_memory(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor in the memory of a device."""
+    del name  # files have names
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+class Stream(NamedTuple):
+    """What flows from block to block.
+
+    Attributes:
+        float_NTD: outputs of the float blocks; empty where no steps need targets.
+        quantized_NTD: outputs of the quantized blocks.
+    """
+
+    float_NTD: Tensor
+    quantized_NTD: Tensor
+
+
+class Inputs(NamedTuple):
+    """What a block is tuned on: its calls, the rows that flow in, which tokens count, and room for what flows out."""
+
+    template: CallTemplate
+    stream: Stream
+    valid_NT: Tensor
+    empty: Empty = in_memory
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where rows lie.
+
+    Attributes:
+        home: the device whose memory they are in, or that of the host where they are in files.
+        on_disk: whether they are in files.
+    """
+
+    home: torch.device
+    on_disk: bool = False
+
+    def __str__(self) -> str:
+        return "in files of the journal" if self.on_disk else f"in memory ({self.home.type})"
+
+    def first(self, slots: Slots, hidden_NTD: Tensor) -> Stream:
+        """What flows into the first block, from captured hidden states."""
+        if self.on_disk:
+            hidden_NTD = slots.make(-1, "hidden_NTD", hidden_NTD.shape, hidden_NTD.dtype).copy_(hidden_NTD)
+        return Stream(hidden_NTD, hidden_NTD)
+
+    def again(self, slots: Slots, index: int) -> Stream:
+        """What flows into a block, as it was kept after the block before it.
+
+        Raises:
+            JournalError: it is missing or damaged.
+        """
+        kept = slots.read(index - 1)
+        return Stream(*(kept[name].to(self.home, copy=not self.on_disk) for name in Stream._fields))
+
+    def empty(self, slots: Slots, index: int) -> Empty:
+        """What makes room for rows that flow out of a block."""
+        if not self.on_disk:
+            return in_memory
+
+        def mapped(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+            del device  # the host's
+            return slots.make(index, name, shape, dtype)
+
+        return mapped
+
+
+def choose_place(recipe: Recipe, model: OpenModel, dtype: torch.dtype, device: torch.device, free: int) -> Place:
+    """Where rows lie: as the recipe says, or in files where they would take too much of the memory.
+
+    Args:
+        recipe: the settings.
+        model: the opened model, of which the hidden size counts.
+        dtype: of the rows.
+        device: where blocks run; rows that its own memory holds are never put on the disk unasked.
+        free: bytes that this process may still take.
+    """
+    host = torch.device("cpu")
+    home = host if recipe.low_gpu_mem_usage else device
+    if not recipe.needs_data or recipe.activations == "ram":
+        return Place(home)
+    if recipe.activations == "disk":
+        return Place(host, on_disk=True)
+    rows = recipe.nsamples * recipe.seqlen * embedding(model.skeleton).in_features * dtype.itemsize
+    return Place(home, on_disk=home == host and FLOWS * rows > SHARE * free)
