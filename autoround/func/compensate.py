@@ -7,12 +7,14 @@ on from it.
 Legend: O output features, I input features, G groups in a row, S columns in a group, L columns of a lump.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from autoround.errors import ModelError
 from autoround.func.rounding import grid_of
 from autoround.func.types import Params, Prepared
 from autoround.spec import WeightSpec
@@ -34,6 +36,9 @@ def compensate(
         hessians: layer path -> float32 (I, I), mean outer product of its inputs; layers that are given the same tensor
             are computed together.
         specs: layer path -> how its weight is stored.
+
+    Raises:
+        ModelError: a Hessian is not finite.
 
     >>> from autoround.func.rounding import fake_quantize, nearest, prepare
     >>> from autoround.spec import QuantSpec
@@ -82,8 +87,20 @@ def _compensated(
 
 
 def _inverse_factor(hessian_II: Tensor) -> Tensor:
-    """Upper Cholesky factor of the damped inverse; channels that are never used count as used a little."""
-    damped_II, mean = hessian_II.double(), float(hessian_II.diagonal().mean())
-    damped_II.diagonal().add_(DAMPING * mean if mean else 1.0)
-    factor_II: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped_II)), upper=True)
-    return factor_II.float()
+    """Upper Cholesky factor of the damped inverse; channels that are never used count as used a little.
+
+    It is the inverse of the factor of the Hessian with rows and columns in reverse, itself in reverse, so that nothing
+    is factored twice. A Hessian that rounding made indefinite is damped more.
+    """
+    mean, damping = float(hessian_II.diagonal().mean()), DAMPING
+    if not math.isfinite(mean):
+        raise ModelError(f"Hessian: found a mean square of {mean}; needed finite inputs; check the weights and data")
+    failed = True
+    while failed:
+        damped_II = hessian_II.flip(0, 1)
+        damped_II.diagonal().add_(damping * mean if mean else 1.0)
+        factor_II, info = torch.linalg.cholesky_ex(damped_II)
+        failed, damping = bool(info), 10 * damping
+    one_II = torch.eye(len(factor_II), device=factor_II.device)
+    inverse_II: Tensor = torch.linalg.solve_triangular(factor_II, one_II, upper=False)
+    return inverse_II.flip(0, 1)

@@ -3,6 +3,8 @@
 Legend: O output features, I input features, M inputs.
 """
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from autoround import func as F
+from autoround.errors import ModelError
 from autoround.func.compensate import DAMPING
 from autoround.func.init import observe_inputs
 from autoround.func.rounding import grid_of
@@ -99,6 +102,20 @@ def test_layers_without_a_hessian_and_channels_without_inputs_stay() -> None:
     assert torch.equal(found["up"].weight_OGS.flatten(1)[:, 5:9], tuned["up"].weight_OGS.flatten(1)[:, 5:9])
     nothing = F.compensate(tuned, F.init_params(tuned), {"up": torch.zeros(64, 64)}, dict.fromkeys(tuned, spec))
     assert torch.equal(nothing["up"].weight_OGS, tuned["up"].weight_OGS)
+
+
+def test_hessians_that_rounding_made_indefinite_are_damped_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["autoround.func.compensate"], "DAMPING", 1e-12)
+    hessian_II = hessian_of(torch.randn(64, 4, generator=torch.Generator().manual_seed(0)) @ torch.ones(4, 96))
+    with pytest.raises(torch.linalg.LinAlgError):
+        torch.linalg.cholesky(hessian_II + 1e-12 * hessian_II.diagonal().mean() * torch.eye(96))
+    _, after, _ = moved(torch.randn(4, 96), hessian_II, SPECS[0])
+    assert bool(after.weight_OGS.isfinite().all())
+
+
+def test_hessians_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ModelError, match="needed finite inputs"):
+        moved(torch.randn(4, 96), torch.full((96, 96), torch.nan), SPECS[0])
 
 
 class Twins(nn.Module):
