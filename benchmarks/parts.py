@@ -1,0 +1,94 @@
+"""What a block costs beside its steps, and what other ways to compute it would cost: SmolLM2's shapes, one batch.
+
+``python -m benchmarks.parts [--rows N] [--seqlen N]`` prints milliseconds of each part, and what they come to over the
+whole model for 128 rows. Where two ways are printed, the first is the one in use.
+
+Legend: M tokens, I input features, B rows, T tokens in a row, D hidden size.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from autoround import func
+from autoround.backends.base import jit, select
+from autoround.func import init
+from benchmarks import machine
+from benchmarks.step import make_block, parse
+
+BLOCKS, ROWS, REPEATS = 30, 128, 5
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """The least of a few runs, after one that does not count."""
+    run()
+    taken = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - start)
+    return 1e3 * min(taken)
+
+
+def measured(rows: int, seqlen: int) -> list[tuple[str, float, bool]]:
+    """Name, milliseconds, and whether it is done for every batch; else once a block."""
+    backend, device = select("cpu")
+    dtype = backend.compute_dtype()
+    options = parse(["--batch", str(rows), "--seqlen", str(seqlen)])
+    block_fn, tensors, batch, specs = make_block(options, device, dtype, backend.attention(seqlen))
+    weights = func.split_tensors(tensors, specs)
+    params = func.init_params(weights.tuned)
+    own = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    compiled = jit(lambda tensors, call: block_fn(tensors, call), compiler=backend.compiler)
+    inputs = {width: torch.randn(rows * seqlen, width).to(dtype) for width in (576, 1536)}
+    hessians = {width: init._gram(x_MI.float()) for width, x_MI in inputs.items()}
+    of_layers = {path: hessians[weight.weight_OGS[0].numel()] for path, weight in weights.tuned.items()}
+    moments = {path: hessian_II.diagonal() for path, hessian_II in of_layers.items()}
+    products = [(torch.randn(rows * seqlen, tensor.shape[1]).to(dtype), tensor.to(dtype).t())
+                for tensor in tensors.values() if tensor.ndim == 2]  # fmt: skip
+
+    def forward(function: Callable[..., Tensor]) -> Callable[[], object]:
+        return torch.no_grad()(lambda: function(own, batch.call))
+
+    def grams(gram: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+        """Of the three inputs of the width of the block, and of the wide one."""
+        return lambda: [gram(inputs[width]) for width in (576, 576, 576, 1536)]
+
+    return [
+        ("forward pass", milliseconds(forward(block_fn)), True),
+        ("  compiled", milliseconds(forward(compiled)), True),
+        ("  its linear layers alone", milliseconds(lambda: [left @ right for left, right in products]), True),
+        ("Hessians, float32, upper tiles", milliseconds(grams(lambda x_MI: init._gram(x_MI.float()))), True),
+        ("  whole", milliseconds(grams(lambda x_MI: x_MI.float().T @ x_MI.float())), True),
+        ("  in bfloat16, sums rounded", milliseconds(grams(lambda x_MI: (x_MI.T @ x_MI).float())), True),
+        ("clip search", milliseconds(lambda: init.search_params(weights, moments, specs)), False),
+        ("compensation", milliseconds(lambda: func.compensate(weights.tuned, params, of_layers, specs)), False),
+        ("  two factors in float64 of each Hessian", milliseconds(lambda: [_two_factors(own_II) for own_II in
+                                                                  (*[hessians[576]] * 3, hessians[1536])]), False),
+    ]  # fmt: skip
+
+
+def _two_factors(hessian_II: Tensor) -> Tensor:
+    damped_II = hessian_II.double()
+    damped_II.diagonal().add_(0.01 * damped_II.diagonal().mean())
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped_II)), upper=True)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=8, help="in a batch")
+    parser.add_argument("--seqlen", type=int, default=256)
+    options = parser.parse_args()
+    print(machine.describe(), flush=True)
+    print(f"{options.rows} x {options.seqlen} tokens a batch; seconds for {BLOCKS} blocks and {ROWS} rows")
+    for name, taken, each_batch in measured(options.rows, options.seqlen):
+        seconds = taken * BLOCKS * (ROWS / options.rows if each_batch else 1) / 1e3
+        print(f"{name:42} {taken:8.1f} ms {'a batch' if each_batch else 'a block'} {seconds:7.1f} s")
+
+
+if __name__ == "__main__":
+    main()
