@@ -78,7 +78,7 @@ def resolve(
         for block in structure.blocks
     )
     outside = tuple(fates.get(layer.path) or left_alone(layer) for layer in structure.outside)
-    notes += [*_refitted(fates, own, spec), *_kept(fates, own), *_untied(outside), *_fused(blocks)]
+    notes += [*_refitted(fates, own, spec), *_kept(fates, own), *_untied(outside), *_fused(blocks), *_apart(fates)]
     plan = Plan(architecture=structure.architecture, spec=spec, blocks=blocks, outside=outside, notes=tuple(notes))
     for rule in rules:
         check_format(plan, rule)
@@ -202,6 +202,13 @@ def _fused(blocks: Sequence[BlockPlan]) -> list[str]:
         for parent in dict.fromkeys(path.rpartition(".")[0] for path in specs):
             for names in FUSED:
                 found = [specs[f"{parent}.{name}"] for name in names if f"{parent}.{name}" in specs]
+def _apart(fates: Mapping[str, LayerPlan]) -> list[str]:
+    """Stacks of experts whose matrices are stored under names that no other loader knows."""
+    count = sum(fate.spec is not None and fate.shape.whole for fate in fates.values())
+    told = "stacks of experts that checkpoints hold in one tensor are stored one by one, which this package alone reads"
+    return [f"{count} {told}; --ignore_layers experts keeps them"] if count else []
+
+
                 if len(set(found)) > 1:
                     places.setdefault(names, []).append(parent)
     return [

@@ -89,6 +89,7 @@ def test_experts_that_checkpoints_stack_are_packed_one_by_one(ignored: str, tmp_
     run = tune(mixtures.STACKED, tmp_path, format=("auto_round",), ignore_layers=ignored)
     wanted = logits(mixtures.replaced(mixtures.make(mixtures.STACKED), run))
     assert not torch.allclose(wanted, logits(mixtures.make(mixtures.STACKED)), rtol=1e-2)
+    assert any(note.startswith(f"{2 if ignored else 4} stacks of experts") for note in run.plan.notes)
     (folder,) = run.export()
     stored = load_file(folder / "model.safetensors")
     assert "model.layers.1.mlp.experts.3.down_proj.qweight" in stored

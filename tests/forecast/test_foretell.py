@@ -47,6 +47,12 @@ def planned(folder: Path, *, probe: bool = False, **settings: object) -> Forecas
     return found
 
 
+def test_targets_of_all_experts_are_counted(tmp_path: Path) -> None:
+    mixtures.make("qwen3_moe").save_pretrained(tmp_path / "model")
+    one, two = (planned(tmp_path / "model", starved_experts=policy) for policy in ("rtn", "route_all"))
+    assert two.memory.host > one.memory.host
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_kind_of_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     MODELS[name]().save_pretrained(tmp_path / "model")
