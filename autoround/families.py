@@ -16,6 +16,7 @@ _DECIDED: dict[str, Any] = {
     "layer_config": (),
     "ignore_layers": (),
     "quant_lm_head": False,
+    "quant_nontext_module": False,
 }
 
 

@@ -38,4 +38,5 @@ def plan_run(recipe: Recipe, model: OpenModel, shape: Structure, format_rules: S
         format_rules,
         settings=recipe.layer_settings,
         head=recipe.quant_lm_head,
+        nontext=recipe.quant_nontext_module,
     )

@@ -20,7 +20,7 @@ from autoround.sealed import digest
 FREE_SETTINGS = frozenset({
     "model", "revision", "cache_dir", "token", "trust_remote_code", "dataset", "format", "output_dir", "overwrite",
     "restart", "max_shard_size", "model_dtype", "device_map", "low_gpu_mem_usage", "torch_compile", "layer_config",
-    "ignore_layers", "quant_lm_head", "activations",
+    "ignore_layers", "quant_lm_head", "quant_nontext_module", "activations",
 })  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from autoround.errors import UsageError
 from autoround.spec import GgufSpec, QuantSpec, WeightSpec
 
+_NAMED = 3
 _ADVICE = "name the format when the run begins"
 # Formats whose layers may differ.
 _MIXED = "use auto_round, auto_gptq, gptq_v2, llm_compressor or fake"
@@ -26,6 +27,7 @@ class LayerShape:
         parts: matrices of an expert whose rows lie one below the other, each with a name of its own in checkpoints.
         whole: checkpoints hold all its experts in one tensor.
         fixed: why it stays in high precision whatever anybody wants; empty where it need not.
+        nontext: it belongs to a tower for images, or to what joins that to the language model.
     """
 
     path: str
@@ -37,6 +39,7 @@ class LayerShape:
     parts: int = 1
     whole: bool = False
     fixed: str = ""
+    nontext: bool = False
 
     @property
     def parameter(self) -> str:
@@ -149,8 +152,10 @@ class BlockPlan:
 
     @property
     def title(self) -> str:
-        """Its path, or those of its layers where it has none."""
-        return self.path or ", ".join(self.specs)
+        """Its path, or those of its first layers where it has none."""
+        names = list(self.specs)
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        return self.path or ", ".join(names[:_NAMED]) + more
 
     @property
     def specs(self) -> dict[str, WeightSpec]:
@@ -252,7 +257,8 @@ def check_format(plan: Plan, rules: FormatRules) -> None:
     for layer in plan.outside if not rules.head else ():
         if layer.spec is not None:
             raise UsageError(
-                f"format {rules.name}: {layer.shape.path}: found a quantized output head; needed one in 16 bits; "
+                f"format {rules.name}: {layer.shape.path}: found a quantized "
+                f"{'tower for images' if layer.shape.nontext else 'output head'}; needed one in 16 bits; "
                 "use auto_round or fake"
             )
     for layer in plan.layers.values():
@@ -321,7 +327,8 @@ def _as_recorded(layer: LayerShape, specs: Mapping[str, WeightSpec]) -> LayerPla
 def left_alone(layer: LayerShape) -> LayerPlan:
     """The fate of a layer outside the blocks that is not quantized."""
     tied = f", tied to {layer.tied_to}" if layer.tied_to else ""
-    return LayerPlan(shape=layer, spec=None, reason=f"outside the blocks{tied}")
+    where = "of images, not text: --quant_nontext_module quantizes it" if layer.nontext else f"outside the blocks{tied}"
+    return LayerPlan(shape=layer, spec=None, reason=where)
 
 
 def misfit(layer: LayerShape, rules: Sequence[FormatRules]) -> str:

@@ -49,6 +49,9 @@ class Recipe:
         choices=("fit", "keep", "fail"))
     quant_lm_head: bool = option(
         False, "quantize the output head too; formats auto_round and fake", "scheme", off_flags=("no_quant_lm_head",))
+    quant_nontext_module: bool = option(
+        False, "quantize the tower for images and its projector too, each layer by its weight alone; formats "
+        "auto_round and fake", "scheme")
     layer_config: Any = option(
         (), "settings of single layers, JSON or YAML, as text or a file: path or pattern -> scheme, settings or keep, "
         "as {k_proj: {bits: 8}, up_proj: W8A16, layers.0: keep}; later ones win, whole paths over patterns", "scheme")

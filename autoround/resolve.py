@@ -35,6 +35,7 @@ def resolve(
     *,
     settings: Sequence[LayerSetting] = (),
     head: bool = False,
+    nontext: bool = False,
 ) -> Plan:
     """Decide the fate of every weight.
 
@@ -46,6 +47,7 @@ def resolve(
         rules: of every requested format.
         settings: of single layers, laid over ``spec``.
         head: quantize the output head too; so does a setting that names the head and no layer of a block.
+        nontext: quantize towers for images too, and what joins them to the language model.
 
     Raises:
         UsageError: a format cannot hold the specs, a shape does not fit, a setting names no layer, or none is left to
@@ -62,6 +64,12 @@ def resolve(
             "leave it out"
         )
     layers += ends if head or _asked_for(ends, settings, layers) else []
+    towers = [layer for layer in structure.outside if layer.nontext]
+    if nontext and not towers:
+        raise UsageError(
+            f"quant_nontext_module: found no tower for images in {structure.architecture}; needed one; leave it out"
+        )
+    layers += towers if nontext else []
     paths = [layer.path for layer in layers]
     own = assign(settings, paths, [layer.path for layer in structure.outside if layer.path not in paths])
     spec = replace(spec, zero_min=max((rule.zero_min for rule in rules), default=0))
@@ -194,6 +202,13 @@ def _untied(outside: Sequence[LayerPlan]) -> list[str]:
     ]
 
 
+def _apart(fates: Mapping[str, LayerPlan]) -> list[str]:
+    """Stacks of experts whose matrices are stored under names that no other loader knows."""
+    count = sum(fate.spec is not None and fate.shape.whole for fate in fates.values())
+    told = "stacks of experts that checkpoints hold in one tensor are stored one by one, which this package alone reads"
+    return [f"{count} {told}; --ignore_layers experts keeps them"] if count else []
+
+
 def _fused(blocks: Sequence[BlockPlan]) -> list[str]:
     """Layers that servers run as one and that differ."""
     places: dict[tuple[str, ...], list[str]] = {}
@@ -202,13 +217,6 @@ def _fused(blocks: Sequence[BlockPlan]) -> list[str]:
         for parent in dict.fromkeys(path.rpartition(".")[0] for path in specs):
             for names in FUSED:
                 found = [specs[f"{parent}.{name}"] for name in names if f"{parent}.{name}" in specs]
-def _apart(fates: Mapping[str, LayerPlan]) -> list[str]:
-    """Stacks of experts whose matrices are stored under names that no other loader knows."""
-    count = sum(fate.spec is not None and fate.shape.whole for fate in fates.values())
-    told = "stacks of experts that checkpoints hold in one tensor are stored one by one, which this package alone reads"
-    return [f"{count} {told}; --ignore_layers experts keeps them"] if count else []
-
-
                 if len(set(found)) > 1:
                     places.setdefault(names, []).append(parent)
     return [

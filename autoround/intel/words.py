@@ -145,8 +145,9 @@ _REFUSED: Mapping[str, str] = {
         "svdquant_model_adapter enable_svdquant_smooth enable_svdquant_residual_early_stop"
     ),
     "not available; tune a smaller model to look for a fault": "num_hidden_layers debug_layer_num",
-    "not available; vision and audio towers stay unquantized": "quant_nontext_module",
-    "not available; calibration uses text alone": "extra_data_dir processor image_processor",
+    "not available; the model's own processor reads the images that --dataset FILE.jsonl names": (
+        "extra_data_dir processor image_processor"
+    ),
     "not available; the learning rate falls linearly": "lr_scheduler",
     "use the dataset options apply_chat_template and system_prompt": "template",
     _DIFFUSION: (

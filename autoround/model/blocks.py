@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 from autoround.errors import ModelError
 from autoround.func import linear_paths
 from autoround.model.reads import read_directly
+from autoround.model.skeleton import sees_images
 from autoround.plan import BlockShape, LayerShape, Structure
 
 _NO_MATRIX = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -25,9 +27,8 @@ def find_blocks(skeleton: PreTrainedModel) -> tuple[str, ...]:
     Raises:
         ModelError: there are none.
     """
-    decoder = skeleton.get_decoder()
-    prefix = next(path for path, module in skeleton.named_modules() if module is decoder)
-    lists = _lists(decoder, prefix) or _lists(skeleton, "")
+    prefix = _decoder_path(skeleton)
+    lists = _lists(skeleton.get_submodule(prefix), prefix) or _lists(skeleton, "")
     blocks = tuple(f"{path}.{index}" for path in lists for index in range(len(skeleton.get_submodule(path))))
     if not blocks:
         raise ModelError(
@@ -48,10 +49,16 @@ def structure(skeleton: PreTrainedModel) -> Structure:
     for name, parameter in skeleton.named_parameters(remove_duplicate=False):
         owners[id(parameter)].append(name.rpartition(".")[0])
     fixed = {path: _READ_ITSELF for path in read_directly(skeleton)}
+    text, head = f"{_decoder_path(skeleton)}.", skeleton.get_output_embeddings()
+    others = {path for path in linear_paths(skeleton) if sees_images(skeleton.config)
+              and not path.startswith(text) and skeleton.get_submodule(path) is not head}  # fmt: skip
     for paths in owners.values():
         shared = [path for path in paths if path.startswith(tuple(f"{block}." for block in blocks))]
         fixed.update((path, _SHARED) for path in shared if len(shared) > 1)
-    layers = tuple(_shape(skeleton, path, owners, fixed.get(path, "")) for path in linear_paths(skeleton))
+    layers = tuple(
+        replace(_shape(skeleton, path, owners, fixed.get(path, "")), nontext=path in others)
+        for path in linear_paths(skeleton)
+    )
     layers += tuple(layer for block in blocks for layer in _others(skeleton.get_submodule(block), block))
     return Structure(
         architecture=type(skeleton).__name__,
@@ -69,6 +76,11 @@ def embedding(skeleton: PreTrainedModel) -> LayerShape:
     path = next(path for path, each in skeleton.named_modules() if each is module)
     rows, columns = module.get_parameter("weight").shape
     return LayerShape(path=path, out_features=rows, in_features=columns)
+
+
+def _decoder_path(skeleton: PreTrainedModel) -> str:
+    decoder = skeleton.get_decoder()
+    return next(path for path, module in skeleton.named_modules() if module is decoder)
 
 
 def _lists(root: nn.Module, prefix: str) -> list[str]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from autoround.func import linear_paths
 from autoround.model.copies import without_data
+from autoround.model.skeleton import sees_images
 
 # Methods that give weights their first values; forwards call none of them.
 _BEGINNINGS = ("__init__", "_init", "init", "reset")
@@ -24,10 +25,11 @@ def read_directly(skeleton: PreTrainedModel) -> frozenset[str]:
     """Paths of the linear layers whose weights are read by other modules in a forward.
 
     Where the code of some class says so, a forward without data tells whether that happens; if the model does not run
-    without data, the code is believed.
+    without data, or not that layer, as text runs no tower for images, the code is believed.
     """
     linear = (path for path in linear_paths(skeleton) if isinstance(skeleton.get_submodule(path), nn.Linear))
     suspects = [path for path in linear if _suspected(skeleton, path)]
+    certain = frozenset(path for path in suspects if _is_attention_of_torch(skeleton, path))
     if not suspects:
         return frozenset()
     with FakeTensorMode(), torch.no_grad():
@@ -39,7 +41,9 @@ def read_directly(skeleton: PreTrainedModel) -> frozenset[str]:
             model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.int64), use_cache=False)
         except (RuntimeError, NotImplementedError, ValueError, TypeError):
             return frozenset(suspects)
-    return frozenset(path for path, module in watched.items() if module.is_read)
+    blind = sees_images(skeleton.config)
+    found = (path for path, module in watched.items() if module.is_read or (blind and not module.is_called))
+    return certain | frozenset(found)
 
 
 class _Watched(nn.Linear):
@@ -47,7 +51,7 @@ class _Watched(nn.Linear):
 
     def __init__(self, layer: nn.Module) -> None:
         nn.Module.__init__(self)
-        self.is_read = False
+        self.is_read = self.is_called = False
         vars(self).update(vars(layer))
 
     @property
@@ -61,11 +65,18 @@ class _Watched(nn.Linear):
         return parameter
 
     def forward(self, x: Tensor) -> Tensor:
+        self.is_called = True
         return nn.functional.linear(x, self.get_parameter("weight"), self.bias)
+
+
+def _is_attention_of_torch(skeleton: nn.Module, path: str) -> bool:
+    return isinstance(skeleton.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention)
 
 
 def _suspected(skeleton: nn.Module, path: str) -> bool:
     """Whether the class of a module above a layer has a method that says ``<the layer's name>.weight``."""
+    if _is_attention_of_torch(skeleton, path):
+        return True
     *above, name = path.split(".")
     parents = (skeleton.get_submodule(".".join(above[:depth])) for depth in range(len(above) + 1))
     return any(name in _weights_read(type(parent)) for parent in parents)  # type: ignore[arg-type]

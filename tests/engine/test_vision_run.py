@@ -18,6 +18,7 @@ from autoround.model.media import Media
 from autoround.model.sample import Sampler
 from autoround.recipe import Recipe
 from tests.families.contracts import Rows, dequantized, logits
+from tests.families.images import images
 from tests.families.table import IMAGE, make
 from tests.model.processors import save, write_rows
 
@@ -123,6 +124,43 @@ def test_rows_longer_than_seqlen_are_dropped_with_their_images(tmp_path: Path) -
     file = write_rows(tmp_path, (3, 3, 3, 3))
     with pytest.raises(AutoRoundError, match="found 4 rows with images, all longer than 16 tokens; needed shorter"):
         _done(quantize(str(tmp_path / "source"), _recipe(tmp_path, str(file), seqlen=16)))
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "gemma3", "mllama"])
+def test_towers_are_kept_unless_asked_for(name: str, tmp_path: Path) -> None:
+    """Gemma 3's tower has torch's attention, which reads the weight of a layer; Qwen2-VL looks for a dtype at one."""
+    model = make(name)
+    model.save_pretrained(tmp_path / "source")
+    kept = quantize(str(tmp_path / "source"), _recipe(tmp_path, None, iters=0, clip_search=False))
+    towers = [layer for layer in kept.plan.outside if layer.shape.nontext]
+    assert towers
+    assert {layer.reason for layer in towers} == {"of images, not text: --quant_nontext_module quantizes it"}
+    settings = {"iters": 0, "clip_search": False, "quant_nontext_module": True}
+    run = _done(quantize(str(tmp_path / "source"), _recipe(tmp_path, None, **settings)))
+    assert sum(layer.spec is not None for layer in run.plan.outside) > len(towers) / 2
+    (folder,) = run.export()
+    calibration = load_calibration(images(name), None, nsamples=4, seqlen=TOKENS, batch_size=1, seed=0)
+    rows = Rows(calibration.tokens_NT, calibration.valid_NT, Media(calibration.extras))
+    expected = logits(dequantized(model, run), rows)
+    torch.testing.assert_close(
+        logits(autoround.load(folder, dtype=torch.float32), rows), expected, rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "message"),
+    [
+        ("llama", "auto_round", "quant_nontext_module: found no tower for images in LlamaForCausalLM"),
+        (
+            "llava",
+            "auto_gptq",
+            r"format auto_gptq: model\..*: found a quantized tower for images; needed one in 16 bits",
+        ),
+    ],
+)
+def test_towers_that_cannot_be_quantized(name: str, form: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(AutoRoundError, match=message):
+        quantize(make(name), _recipe(tmp_path, None, iters=0, quant_nontext_module=True, format=(form,)))
 
 
 def test_gguf_is_refused_by_name(tmp_path: Path) -> None:
