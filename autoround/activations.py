@@ -85,6 +85,23 @@ class Place:
         kept = slots.read(index - 1)
         return Stream(*(kept[name].to(self.home, copy=not self.on_disk) for name in Stream._fields))
 
+    def roomier(self) -> "Place | None":
+        """Where rows take less of the memory that is scarce; None where they lie in files already."""
+        if self.on_disk:
+            return None
+        host = torch.device("cpu")
+        return Place(host, on_disk=self.home == host)
+
+    def moved(self, slots: Slots, index: int, stream: Stream) -> Stream:
+        """What flows into a block, brought here from elsewhere.
+
+        Raises:
+            JournalError: what was kept of it is damaged, or the disk is full.
+        """
+        if not self.on_disk:
+            return Stream(*(rows.to(self.home) for rows in stream))
+        return self.again(slots, index) if index else self.first(slots, stream.quantized_NTD)
+
     def empty(self, slots: Slots, index: int) -> Empty:
         """What makes room for rows that flow out of a block."""
         if not self.on_disk:

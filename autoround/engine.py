@@ -1,4 +1,4 @@
-"""The engine: the one loop over blocks. It feeds the functional tuner, writes the journal and reports progress."""
+"""The engine: plans a run, opens its journal, lets the loop over blocks fill it, and writes the formats."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from filelock import BaseFileLock
-from torch import Tensor, nn
+from torch import nn
 
-from autoround import config, func
-from autoround.activations import Inputs, Place, Stream, choose_place
+from autoround import config
+from autoround.activations import Place, choose_place
 from autoround.backends.base import Numerics, select_all
 from autoround.backends.host import free_bytes
-from autoround.coverage import token_stats, told
+from autoround.coverage import told
 from autoround.data.tokens import Calibration, load_calibration, needs_tokenizer
-from autoround.errors import AutoRoundError, UsageError
+from autoround.errors import UsageError
 from autoround.export import Target, origin, write_formats
 from autoround.families import split
 from autoround.fate import plan_run
@@ -24,21 +24,17 @@ from autoround.formats.writer import check_folder, parse_size
 from autoround.identity import manifest_of
 from autoround.journal import MANIFEST, Journal, hold, open_journal, read_manifest
 from autoround.log import LOGGER
-from autoround.model.calls import CallTemplate
-from autoround.model.capture import capture
+from autoround.loop import BlockLoop
 from autoround.model.experts import describe
-from autoround.model.finish import Ending, head_path, mean_square, read_weight
+from autoround.model.finish import head_path
 from autoround.model.load import OpenModel, open_model
-from autoround.model.media import Media
 from autoround.model.oddities import needed_numerics
-from autoround.model.read import read_block
 from autoround.model.sample import Sampler
 from autoround.model.skeleton import sees_images
 from autoround.numerics import choose_numerics
 from autoround.plan import Plan, check_head, with_extra
 from autoround.progress import BlockDone, Meter, Progress
 from autoround.recipe import Recipe
-from autoround.tuner import MOMENT_ROWS, BlockTuner
 
 TEXT_ALONE = (
     "calibration data: text alone for a model that sees images: what image tokens make its layers compute is not seen, "
@@ -177,7 +173,7 @@ class Run:
         for index in range(finished):
             yield self._meter.resumed(index, self.plan.parts[index].title, told(journal.read_stats(index)))
         if finished < len(self.plan.parts):
-            yield from self._tune_blocks(journal, calibration, finished)
+            yield from self._loop(journal).run(calibration, finished)
         journal.activations.drop()
 
     def export(self, output_dir: str | Path | None = None, *, formats: Sequence[str] | None = None) -> tuple[Path, ...]:
@@ -214,6 +210,20 @@ class Run:
             self._journal.read_block,
             target,
             on_format=lambda name, folder: self._meter.phase("export", f"{name} in {folder}"),
+        )
+
+    def _loop(self, journal: Journal) -> BlockLoop:
+        return BlockLoop(
+            recipe=self.recipe,
+            model=self.model,
+            plan=self.plan,
+            head=self._head,
+            backend=self._backend,
+            devices=self._devices,
+            journal=journal,
+            meter=self._meter,
+            numerics=self._numerics,
+            place=self._place,
         )
 
     def _calibration(self) -> Calibration:
@@ -255,81 +265,3 @@ class Run:
         named = dataclasses.replace(self.recipe, model=(self._origin or {}).get("model", ""), restart=False)
         config.write(named, folder / config.NAME)
         return journal
-
-    def _tune_blocks(self, journal: Journal, calibration: Calibration | None, start: int) -> Iterator[BlockDone]:
-        """The loop over blocks, and what comes after them."""
-        recipe, blocks, count = self.recipe, self.plan.blocks, len(self.plan.parts)
-        tokens = recipe.batch_size * recipe.gradient_accumulate_steps * recipe.seqlen
-        tuner = BlockTuner(
-            recipe, self._numerics, self._devices, on_step=lambda done, loss: self._meter.step(done, tokens, loss)
-        )
-        templates, stream = self._captured(journal, calibration, start)
-        for index in range(start, len(blocks)):
-            block = blocks[index]
-            self._meter.begin(index, block.path)
-            block_fn = func.make_block_fn(self.model.skeleton.get_submodule(block.path))
-            tensors = read_block(self.model, block.path, device=self._device)
-            inputs = None
-            if stream is not None and calibration is not None:
-                room = self._place.empty(journal.activations, index)
-                inputs = Inputs(templates[index], stream, calibration.valid_NT, room)
-            try:
-                tuned = tuner.tune(index, block_fn, tensors, block.specs, inputs)
-            except AutoRoundError as error:
-                raise type(error)(f"{block.path}.{error}") from error
-            stream = tuned.stream
-            if stream is not None and index + 1 < count:
-                journal.activations.write(index, stream._asdict())
-            stats = _stats(tuned.losses_K) | token_stats(tuned.tokens)
-            journal.write_block(index, tuned.codes, stats)
-            yield self._meter.end(index, block.path, told(stats))
-        if len(blocks) < count:
-            title = self.plan.parts[-1].title
-            self._meter.begin(len(blocks), title)
-            journal.write_block(len(blocks), self._outside(tuner, stream, calibration), {})
-            yield self._meter.end(len(blocks), title, {})
-
-    def _outside(
-        self, tuner: BlockTuner, stream: Stream | None, calibration: Calibration | None
-    ) -> dict[str, func.Codes]:
-        """Codes of the layers outside the blocks; only the head's inputs are known."""
-        specs, moments = self.plan.parts[-1].specs, {}
-        head = self._head
-        if head and head not in specs:  # it may compute with the weight of another one
-            head = self.plan.layers[head].shape.tied_to
-        if head in specs and stream is not None and calibration is not None:
-            blocks = [block.path for block in self.plan.blocks]
-            ending = Ending(self.model, blocks, self._head, self._device, self._numerics.torch_dtype)
-            rows = (stream.quantized_NTD, calibration.tokens_NT, calibration.valid_NT)
-            media, size = Media(calibration.extras), self.recipe.batch_size
-            inputs = ending.head_inputs(*(each[:MOMENT_ROWS] for each in rows), batch_size=size, media=media)
-            moments[head] = mean_square(inputs)
-        weights = ((path, read_weight(self.model, path, device=self._device)) for path in specs)
-        return {path: tuner.quantize_layer(path, own, specs[path], moments.get(path)) for path, own in weights}
-
-    def _captured(
-        self, journal: Journal, calibration: Calibration | None, start: int
-    ) -> tuple[tuple[CallTemplate, ...], Stream | None]:
-        """How every block is called, and what flows into block ``start``; nothing where there is no data."""
-        if calibration is None:
-            return (), None
-        self._meter.phase("calibration", f"capturing the calls of all blocks; activations lie {self._place}")
-        home = self._place.home
-        captured = capture(
-            self.model,
-            calibration.tokens_NT.to(home),
-            calibration.valid_NT.to(home),
-            batch_size=self.recipe.batch_size,
-            media=Media(calibration.extras),
-            device=self._device,
-            dtype=self._numerics.torch_dtype,
-        )
-        if start == 0:
-            return captured.templates, self._place.first(journal.activations, captured.hidden_NTD)
-        return captured.templates, self._place.again(journal.activations, start)
-
-
-def _stats(losses_K: Tensor) -> dict[str, float]:
-    if not len(losses_K):
-        return {}
-    return {"loss_first": float(losses_K[0]), "loss_best": float(losses_K.min()), "loss_last": float(losses_K[-1])}

@@ -61,6 +61,15 @@ class Journal:
             count += 1
         return count
 
+    def record(self, **parts: Any) -> None:
+        """Change parts of the manifest, where a run that goes on must know what this one had to change.
+
+        Raises:
+            JournalError: the disk is full or not writable; the manifest stays as it was.
+        """
+        self.manifest = {**self.manifest, **parts}
+        write_manifest(self.folder, self.manifest)
+
     def write_block(self, index: int, codes: Mapping[str, Codes], stats: Mapping[str, float]) -> None:
         """Record a finished block.
 

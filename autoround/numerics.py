@@ -15,6 +15,8 @@ from autoround.spec import GgufSpec
 
 # Weights from which on compiling their search takes less time than it saves, as measured on two cores.
 COMPILE_SEARCHED = 100_000_000
+# What errors of torch's allocators and libraries say that have no type of their own.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
 
 
 def choose_numerics(
@@ -51,6 +53,30 @@ def choose_numerics(
         micro_batches=min(math.lcm(recipe.gradient_accumulate_steps, devices), rows, recipe.nsamples),
     )
     return dataclasses.replace(chosen, **{**recorded, "device": chosen.device})
+
+
+def divided(numerics: Numerics, recipe: Recipe) -> Numerics | None:
+    """The same with steps in twice as many parts; None where there are no steps, or each part has one row already.
+
+    The rows of a step stay the same and parts are added in pairs, but each part is computed in one piece: a run that
+    is divided finer gives other bits than one that is not, and the same as one that was so from its begin.
+    """
+    rows = min(recipe.batch_size * recipe.gradient_accumulate_steps, recipe.nsamples)
+    if not recipe.iters or numerics.micro_batches >= rows:
+        return None
+    return dataclasses.replace(numerics, micro_batches=min(2 * numerics.micro_batches, rows))
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory, a device's or the host's, does not suffice.
+
+    >>> ran_out(torch.OutOfMemoryError("CUDA out of memory")), ran_out(RuntimeError("shapes do not match"))
+    (True, False)
+    """
+    words = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(each in words for each in OUT_OF_MEMORY)
+    )
 
 
 def _searched(recipe: Recipe, plan: Plan) -> int:

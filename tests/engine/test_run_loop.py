@@ -35,8 +35,8 @@ def test_there_is_one_loop() -> None:
 
     assert callers("tune_block") == {"tuner.py": 1}  # the loop over steps
     # the loop over blocks; and one block of tensors without data, to count what lives at once
-    assert callers("tune") == {"engine.py": 1, "forecast/memory.py": 1}
-    assert callers("write_block") == {"engine.py": 2}  # after a block, and after the layers outside all blocks
+    assert callers("tune") == {"loop.py": 1, "forecast/memory.py": 1}
+    assert callers("write_block") == {"loop.py": 2}  # after a block, and after the layers outside all blocks
     for name in ("backward", "make_gradient", "fake_quantize"):  # no second tuner
         assert set(callers(name)) <= {"tuner.py"}, name
     assert callers("make_step") == {"forecast/probe.py": 1}  # which times one; the tuner hands it on
