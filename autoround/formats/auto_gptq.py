@@ -12,6 +12,18 @@ from autoround.func.types import IntCodes
 from autoround.plan import FormatRules, Plan
 from autoround.spec import QuantSpec
 
+# Where optimum looks for blocks.
+_BLOCK_LISTS = (
+    "transformer.h",
+    "model.decoder.layers",
+    "gpt_neox.layers",
+    "model.layers",
+    "model.language_model.layers",
+    "h",
+    "decoder.layers",
+    "layers",
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoGptq:
@@ -44,7 +56,8 @@ class AutoGptq:
 
     def config(self, plan: Plan) -> dict[str, Any]:
         """Layers of blocks that differ are named in ``dynamic``, kept ones by exclusion. For loaders that do not follow
-        it, an allow-list (``modules_in_block_to_quantize``) says what is kept, where all blocks keep the same.
+        it, an allow-list (``modules_in_block_to_quantize``) says what is kept, where all blocks keep the same. Optimum
+        is told where the blocks are if it would not find them.
 
         auto-round does not look at the version and reads every folder as version 1; one with a ``meta`` it refuses.
         """
@@ -62,6 +75,9 @@ class AutoGptq:
             config["meta"] = {"quantizer": ["autoround"]}
         if dynamic := gptq_layout.overrides(plan):
             config["dynamic"] = dynamic
+        lists = {block.path.rpartition(".")[0] for block in plan.blocks}
+        if len(lists) == 1 and lists.isdisjoint(_BLOCK_LISTS):
+            config["block_name_to_quantize"] = lists.pop()
         allowed = {tuple(block.specs) for block in plan.blocks}
         if len(allowed) == 1 and any(layer.spec is None for block in plan.blocks for layer in block.layers):
             config["modules_in_block_to_quantize"] = [list(*allowed)]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 # By which of their tensors packed layers are known.
 PACKED = ("qweight", "weight_packed")
@@ -22,18 +22,20 @@ PACKED = ("qweight", "weight_packed")
 
 def load(folder: str, loader: str) -> Any:
     """A folder as this loader's users load it."""
+    sees = "vision_config" in json.loads((Path(folder) / "config.json").read_text())
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     if loader == "auto_round":
         from transformers import AutoRoundConfig
 
         # The explicit configuration makes it read GPTQ folders too, which are another package's otherwise.
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", quantization_config=AutoRoundConfig())
+        return kind.from_pretrained(folder, dtype="auto", quantization_config=AutoRoundConfig())
     if loader == "gptqmodel":
         from gptqmodel import GPTQModel
 
         return GPTQModel.load(folder, device="cpu", dtype=torch.float16).model
     if loader == "compressed_tensors":
         return decompressed(Path(folder))
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    return kind.from_pretrained(folder, dtype="auto")
 
 
 def decompressed(folder: Path) -> Any:
