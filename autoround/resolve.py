@@ -86,7 +86,13 @@ def resolve(
         for block in structure.blocks
     )
     outside = tuple(fates.get(layer.path) or left_alone(layer) for layer in structure.outside)
-    notes += [*_refitted(fates, own, spec), *_kept(fates, own), *_untied(outside), *_fused(blocks), *_apart(fates)]
+    notes += [
+        *_refitted(fates, own, spec),
+        *_kept(fates, own),
+        *_untied(outside),
+        *_fused(blocks),
+        *_apart(fates, rules),
+    ]
     plan = Plan(architecture=structure.architecture, spec=spec, blocks=blocks, outside=outside, notes=tuple(notes))
     for rule in rules:
         check_format(plan, rule)
@@ -202,9 +208,10 @@ def _untied(outside: Sequence[LayerPlan]) -> list[str]:
     ]
 
 
-def _apart(fates: Mapping[str, LayerPlan]) -> list[str]:
-    """Stacks of experts whose matrices are stored under names that no other loader knows."""
-    count = sum(fate.spec is not None and fate.shape.whole for fate in fates.values())
+def _apart(fates: Mapping[str, LayerPlan], rules: Sequence[FormatRules]) -> list[str]:
+    """Stacks of experts whose matrices packed layouts store under names that no other loader knows."""
+    packed = any(not rule.any_grid for rule in rules)
+    count = sum(fate.spec is not None and fate.shape.whole for fate in fates.values() if packed)
     told = "stacks of experts that checkpoints hold in one tensor are stored one by one, which this package alone reads"
     return [f"{count} {told}; --ignore_layers experts keeps them"] if count else []
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from autoround.errors import FormatError
 from autoround.formats.types import Format
+from autoround.func.block import transposed_weights
+from autoround.func.rounding import dequantize
 from autoround.func.types import IntCodes
 from autoround.plan import LayerShape, Plan
 from autoround.spec import GgufSpec, QuantSpec, WeightSpec
@@ -99,9 +101,10 @@ class Contents:
     def heads(self) -> Iterator[tuple[str, Tensor]]:
         """Name, shape and dtype in the files (on the meta device) of each of ``tensors``, in their order."""
         source, layers, alike = self.model.source, self.plan.layers, {}
-        extra = frozenset(source.extra())
+        extra, skeleton = frozenset(source.extra()), self.model.skeleton
         for origin, stored in self._kept_names():
-            own, whole = source.dtype(origin), source.shape(origin)
+            own = source.dtype(origin)
+            whole = skeleton.get_parameter(origin).shape if origin in self._whole else source.shape(origin)
             cast = own.is_floating_point and origin not in extra
             dtype = (self.target or own) if cast else own
             for name, rows in stored:
@@ -109,7 +112,7 @@ class Contents:
         for part in self.plan.parts:
             for relative, spec in part.specs.items():
                 shape = layers[f"{part.prefix}{relative}"].shape
-                for path, _ in self._matrices(shape):
+                for path, _ in () if shape.parameter in self._whole else self._matrices(shape):
                     key = spec, (shape.rows, shape.in_features), self.weight_dtype(path)
                     if key not in alike:
                         alike[key] = self._blank(path, *key)
@@ -128,7 +131,7 @@ class Contents:
     def kept(self) -> Iterator[tuple[str, Tensor]]:
         """Those of them that are not made of codes; of weights tied to each other one is enough."""
         for origin, stored in self._kept_names():
-            tensor = self.model.source.read(origin)
+            tensor = self._rounded(origin) if origin in self._whole else self.model.source.read(origin)
             for name, rows in stored:
                 yield name, tensor if rows is None else tensor.flatten(0, 1)[rows]
 
@@ -141,7 +144,8 @@ class Contents:
         for index, part in enumerate(self.plan.parts):
             codes = self.codes(index)
             for relative, spec in part.specs.items():
-                for path, rows in self._matrices(layers[f"{part.prefix}{relative}"].shape):
+                shape = layers[f"{part.prefix}{relative}"].shape
+                for path, rows in () if shape.parameter in self._whole else self._matrices(shape):
                     own = codes[relative]
                     yield path, spec, own if rows is None else IntCodes(*(field[rows] for field in own))
 
@@ -176,6 +180,25 @@ class Contents:
         shapes = [layer.shape for layer in self.plan.layers.values() if layer.spec and layer.shape.experts]
         return {path: shape.parameter for shape in shapes for path, _ in self._matrices(shape)}
 
+    @cached_property
+    def _whole(self) -> dict[str, tuple[int, str]]:
+        """Stacks that an ordinary checkpoint holds in one tensor: parameter -> number of its part, path in that."""
+        if self.form.config(self.plan) is not None:
+            return {}
+        return {
+            layer.shape.parameter: (index, layer.shape.path.removeprefix(part.prefix))
+            for index, part in enumerate(self.plan.parts)
+            for layer in part.layers
+            if layer.spec is not None and layer.shape.whole
+        }
+
+    def _rounded(self, parameter: str) -> Tensor:
+        """What the codes of such a stack stand for, as its module has it."""
+        index, relative = self._whole[parameter]
+        weight_OI = dequantize(self.codes(index)[relative], self.plan.specs[parameter])
+        weight_EOI = weight_OI.unflatten(0, (self.plan.layers[parameter].shape.experts, -1))
+        return weight_EOI.mT if f"{parameter}.weight" in transposed_weights(self.model.skeleton) else weight_EOI
+
     def _matrices(self, shape: LayerShape) -> Iterator[tuple[str, slice | None]]:
         """The layers as which a layer is stored: itself, or path and rows of each matrix of a stack."""
         if not shape.experts:
@@ -194,7 +217,7 @@ class Contents:
         left_out = {layer.shape.parameter for layer in self.plan.layers.values() if layer.spec is not None}
         left_out.update(name for name in names if (twin := twins.get(name, name)) != name and twin in names)
         for name in names:
-            if name in left_out:
+            if name in left_out or name in self._whole:
                 continue
             if pieces := self.model.source.pieces(name):
                 experts, rows, _ = self.model.source.shape(name)
@@ -204,6 +227,9 @@ class Contents:
         for name in (f"{owner}.weight" for owner in self.untied.values()):
             if name not in names:  # the checkpoint has the shared weight under the name of the quantized layer
                 yield name, [(name, None)]
+        for name in self._whole:  # as the checkpoint names it, unless that is a packed one
+            apart = self.model.source.pieces(name)
+            yield name, [(name if apart else self.model.source.checkpoint_name(name), None)]
         yield from ((name, [(name, None)]) for name in self.model.source.extra())
 
     def _named(self, path: str, packed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

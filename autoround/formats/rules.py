@@ -43,7 +43,7 @@ RULES: Mapping[str, FormatRules] = MappingProxyType({
         FormatRules(
             name="llm_compressor", bits=(2, 4, 8), multiple=32, scale_dtypes=("float16", "bfloat16"), linear_only=True
         ),
-        FormatRules(name="fake", head=True, any_grid=True),
+        FormatRules(name="fake", head=True, whole_experts=True, any_grid=True),
         *(FormatRules(name=f"gguf:{file_type}", file_type=file_type) for file_type in FILE_TYPES),
     )
 })  # fmt: skip

@@ -97,6 +97,8 @@ def test_experts_that_checkpoints_stack_are_packed_one_by_one(ignored: str, tmp_
     torch.testing.assert_close(logits(load(folder, dtype=torch.float32)), wanted, rtol=1e-4, atol=1e-4)
     export_checkpoint(folder, Target(folder=tmp_path / "again", formats=("auto_round:auto_gptq",)))
     torch.testing.assert_close(logits(load(tmp_path / "again", dtype=torch.float32)), wanted, rtol=1e-4, atol=1e-4)
+    export_checkpoint(folder, Target(folder=tmp_path / "fake", formats=("fake",)))
+    torch.testing.assert_close(logits(load(tmp_path / "fake")), wanted, rtol=1e-4, atol=1e-4)
     with pytest.raises(UsageError, match="hold all experts in one tensor, for which llm_compressor has no place"):
         export_checkpoint(folder, Target(folder=tmp_path / "other", formats=("llm_compressor",)))
 
@@ -189,13 +191,18 @@ def test_compiled_float32_is_refused_with_a_word(tmp_path: Path, caplog: pytest.
     assert "experts are not compiled in torch.float32" in caplog.text
 
 
-def test_stacked_checkpoints_keep_their_experts(tmp_path: Path) -> None:
+def test_an_ordinary_checkpoint_holds_experts_in_one_tensor(tmp_path: Path) -> None:
     run = tune(mixtures.STACKED, tmp_path)
-    assert (
-        "4 layers are kept: its checkpoints hold all experts in one tensor, for which fake has no place"
-        in run.plan.notes
-    )
+    assert {GATE_UP, DOWN} <= set(run.plan.specs)
+    assert not any("stacks of experts" in note for note in run.plan.notes)
     (folder,) = run.export()
     written = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     for each, wanted in mixtures.replaced(mixtures.make(mixtures.STACKED), run).state_dict().items():
         assert torch.equal(written[each], wanted), each
+
+
+def test_experts_in_one_tensor_stay_where_a_layout_has_no_place_for_them(tmp_path: Path) -> None:
+    run = quantize(mixtures.make(mixtures.STACKED), recipe(tmp_path, bits=4, format=("llm_compressor", "fake")))
+    wanted = "4 layers are kept: its checkpoints hold all experts in one tensor, for which llm_compressor has no place"
+    assert wanted in run.plan.notes
+    assert not {GATE_UP, DOWN} & set(run.plan.specs)
