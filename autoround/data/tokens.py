@@ -227,7 +227,10 @@ def _rows_of(found: Iterable[Document], spec: DatasetSpec, share: int, *, job: _
     found = itertools.chain(firsts, stream)
     if (pictured := next((each for each in firsts if isinstance(each, Pictured)), None)) is not None:
         if job.writer is None:
-            raise DataError(f"{pictured.where}: found images and no model; needed one that sees them; use text alone")
+            raise DataError(
+                f"{pictured.where}: found images and no model to read them with; needed a run, or text; "
+                "`auto-round data` shows text alone"
+            )
         request = RowRequest(spec.name, share, job.seqlen)
         rows, report = rows_with_images(found, request, job.writer.processor(), spec=spec)
         return _checked(rows, report, spec, job), report

@@ -21,6 +21,7 @@ from transformers.core_model_loading import (
 
 from autoround.errors import ModelError
 from autoround.log import LOGGER
+from autoround.model.skeleton import sees_images
 
 # Buffers that older checkpoints hold and models now compute.
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
@@ -92,8 +93,8 @@ def match_names(skeleton: PreTrainedModel, keys: Iterable[str], where: str) -> M
 
 
 def written_names(skeleton: PreTrainedModel) -> Matched:
-    """Under what names checkpoints hold the tensors of a model whose experts they do not stack, as ``save_pretrained``
-    writes them; nothing for other models, whose names are the module's."""
+    """Under what names checkpoints hold the tensors of a model that sees images, or whose experts they do not stack, as
+    ``save_pretrained`` writes them; nothing for other models, whose names are the module's."""
     renamings, converters = _transforms(skeleton, legacy=False)
     stacked_by = (each.reverse_transform() for each in converters[::-1] if _stacks(each))
     stacking = [each for each in stacked_by if isinstance(each, WeightConverter)]
@@ -111,7 +112,7 @@ def written_names(skeleton: PreTrainedModel) -> Matched:
             tuple(apply_renamings(each.replace("*", str(expert)), back) for each in patterns)
             for expert in range(len(tensor))
         )
-    return Matched(single, stacked) if stacked else Matched({}, {})
+    return Matched(single, stacked) if stacked or sees_images(skeleton.config) else Matched({}, {})
 
 
 def _transforms(

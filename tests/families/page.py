@@ -33,10 +33,10 @@ are closer to the float ones after tuning than after rounding to nearest.
 
 Blocks are found by structure: there is no code for any of these families but a table of three entries, which lets
 xLSTM run in float32, tells how the experts of Llama 4 lie, and names the routers of JetMoE, so that others of the same
-kinds should work as well. *Functions* counts the blocks that compute different things: each of these gets a compiled step of its own, equal blocks share one. *Layers* counts those
-quantized and those kept, with the reasons in the plan that `--dry-run` prints. Models of images and text are tuned on
-rows of two images, one and none, some padded; their towers are kept. Embeddings, norms, convolutions and
-parameters that are no layers are always kept.
+kinds should work as well. *Functions* counts the blocks that compute different things: each of these gets a compiled
+step of its own, equal blocks share one. *Layers* counts those quantized and those kept, with the reasons in the plan
+that `--dry-run` prints. Models of images and text are tuned on rows of two images, one and none, some padded; their
+towers are kept. Embeddings, norms, convolutions and parameters that are no layers are always kept.
 """
 
 

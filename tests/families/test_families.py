@@ -15,7 +15,7 @@ from tests.families.table import FAMILIES, make
 # One of each kind: the rest takes longer than the fast tests may.
 QUICK = (
     "llama", "gemma2", "gpt2", "gptj", "bloom", "cohere2", "minicpm3", "xglm", "modernbert-decoder", "qwen3_next",
-    "nemotron_h", "mamba", "zamba2", "rwkv", "xlstm",
+    "nemotron_h", "mamba", "zamba2", "rwkv", "xlstm", "qwen3_vl", "gemma3", "mllama",
 )  # fmt: skip
 
 
@@ -30,13 +30,23 @@ def test_family(name: str, tmp_path: Path) -> None:
         contracts.check_all(contracts.quantized(name, tmp_path))
 
 
-@pytest.mark.parametrize("name", ["bamba", "gemma3n_text", "gemma4_text", "recurrent_gemma"])
+@pytest.mark.parametrize("name", ["bamba", "gemma3n_text", "gemma4_text", "recurrent_gemma", "qwen2_vl"])
 def test_scores_block_by_block_are_the_models(name: str) -> None:
     """Blocks that return two items or carry state; several streams of hidden states."""
     model, (tokens_NT, valid_NT) = make(name), contracts.rows()
     expected = compare(model, {}, tokens_NT)["float"]
     found = compare_streamed(open_model(model), {}, Rows(tokens_NT, valid_NT), streaming=Streaming(batch_size=3))
     torch.testing.assert_close(found["float"].scores.nll_P, expected.nll_P, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.kind == "vision"])
+def test_models_in_memory_are_written_under_the_names_of_checkpoints(name: str, tmp_path: Path) -> None:
+    model = make(name)
+    model.save_pretrained(tmp_path)
+    stored, own = open_model(tmp_path).source, open_model(model).source
+    assert {key: own.checkpoint_name(key) for key in own.names()} == {
+        key: stored.checkpoint_name(key) for key in own.names()
+    }
 
 
 def test_the_page_has_every_family() -> None:
