@@ -16,12 +16,14 @@ from torch.utils._pytree import tree_map
 from autoround import func
 from autoround.activations import Inputs, Stream
 from autoround.backends.base import Numerics, jit
+from autoround.beside import beside
 from autoround.coverage import STARVED_TOKENS
 from autoround.errors import AutoRoundError
 from autoround.func import init
 from autoround.func.experts import also_in_turn, restore
 from autoround.model.capture import CallTemplate
 from autoround.recipe import Recipe
+from autoround.schedule import batch_rows, make_optimizer
 
 # Rows that the clip search weighs input channels by; more do not change its choice, but for experts all rows count.
 MOMENT_ROWS = 32
@@ -92,12 +94,12 @@ class BlockTuner:
         weights = weights._replace(frozen=cast(weights.frozen, self._dtype))
         if inputs is None:
             return Tuned(_quantize(weights.tuned, func.init_params(weights.tuned), specs), torch.zeros(0), None)
-        float_tensors = cast(tensors, self._dtype)
+        fusion, float_tensors = func.fuse(weights.tuned, specs), cast(tensors, self._dtype)
+        compiled = self._compile_ahead(index, block_fn, fusion, weights, inputs)
         target_NTD = torch.empty(0)
         if self._recipe.iters:
             room = partial(inputs.empty, "float_NTD")
             target_NTD = self._forward(block_fn, float_tensors, inputs.template, inputs.stream.float_NTD, room)
-        fusion = func.fuse(weights.tuned, specs)
         observed = self._observe(block_fn, float_tensors, specs, inputs)
         tokens, trained_fn, aim_NTD = observed.tokens, block_fn, target_NTD
         if self._recipe.starved_experts == "route_all" and (starved := _starved(tokens)):
@@ -112,6 +114,7 @@ class BlockTuner:
         tuned = func.compensate(weights.tuned, start, observed.hessians, specs)
         weights, params = weights._replace(tuned=fusion.merge(tuned)), fusion.merge(start)
         del float_tensors, tuned, start
+        compiled()
         result = self._take_steps(trained_fn, fusion, weights, params, partial(self._batches, index, inputs, aim_NTD))
         del aim_NTD
         found = _restored(fusion.split(result.params), fusion.split(params), observed.tokens)
@@ -202,6 +205,28 @@ class BlockTuner:
         error_CN: Tensor = errors(weight_NS, scale_CN, shift_CN, moment_NS, spec)
         return error_CN
 
+    def _compile_ahead(
+        self, index: int, block_fn: func.BlockFn, fusion: func.Fusion, weights: func.BlockWeights, inputs: Inputs
+    ) -> Callable[[], object]:
+        """Compile the step, if it is the first of its kind, while the block's other passes go on; what waits for it.
+
+        A step is taken on a copy of the block, which nobody else calls, and thrown away.
+        """
+        apart, key = len(self._places()) > 1, self._key(block_fn, fusion)
+        idle = self._numerics.compiler is None or not self._recipe.iters or not weights.tuned
+        if idle or apart or ("step", *key) in self._compiled:
+            return lambda: None
+        step = self._step(func.make_block_fn(block_fn.skeleton), fusion, key)
+        own = weights._replace(tuned=fusion.merge(weights.tuned))
+        state = self._state(fusion.merge(func.init_params(weights.tuned)), fusion)
+        ((batch,), *_) = self._batches(index, inputs, inputs.stream.quantized_NTD, self._places(), steps=1)
+
+        def compile_step() -> None:
+            torch.set_num_threads(self._numerics.threads)  # compiled code is for so many
+            step(own, state, batch)
+
+        return beside(compile_step)
+
     def _take_steps(
         self,
         block_fn: func.BlockFn,
@@ -211,23 +236,35 @@ class BlockTuner:
         batches: Callable[[Sequence[torch.device]], Iterator[list[func.Batch]]],
     ) -> func.TuneResult:
         """All steps of a block, each over one batch, or over micro-batches that the devices share."""
-        specs, fused_fn = fusion.specs, fusion.lift(block_fn)
-        optimizer = make_optimizer(self._recipe, max((spec.bits for spec in specs.values()), default=4))
-        state = func.init_state(params, optimizer, keep_best=self._recipe.keep == "best")
-        key = (block_fn.signature, *specs.items(), *fusion.members.items())
-        places = self._places()
+        if not params:  # all its layers are kept
+            return func.TuneResult(params, torch.zeros(0))
+        state, key, places = self._state(params, fusion), self._key(block_fn, fusion), self._places()
         own: Any = weights
         rows: Iterator[Any] = batches(places)
         if len(places) == 1:
-            step = self._once(("step", *key), partial(func.make_step, fused_fn, specs, optimizer, dtype=self._dtype))
+            step = self._step(block_fn, fusion, key)
             rows = (batch for (batch,) in rows)
         else:
-            make = partial(func.make_gradient, fused_fn, specs, dtype=self._dtype)
+            make = partial(func.make_gradient, fusion.lift(block_fn), fusion.specs, dtype=self._dtype)
             gradients = [self._once(("gradient", device, *key), make) for device in places]
-            update = self._once(("update", *key), partial(func.make_update, optimizer, specs))
+            update = self._once(("update", *key), partial(func.make_update, self._optimizer(fusion), fusion.specs))
             step, replicas = func.accumulate(gradients, update), _replicas(weights, places)
             own = [replicas[device] for device in places]
         return func.tune_block(step, own, state, rows, on_step=lambda done, loss: self._on_step(done, loss.item))
+
+    def _key(self, block_fn: func.BlockFn, fusion: func.Fusion) -> tuple[Any, ...]:
+        """Equal for blocks that share compiled functions."""
+        return (block_fn.signature, *fusion.specs.items(), *fusion.members.items())
+
+    def _optimizer(self, fusion: func.Fusion) -> func.Transform:
+        return make_optimizer(self._recipe, max((spec.bits for spec in fusion.specs.values()), default=4))
+
+    def _state(self, params: func.Params, fusion: func.Fusion) -> func.TuneState:
+        return func.init_state(params, self._optimizer(fusion), keep_best=self._recipe.keep == "best")
+
+    def _step(self, block_fn: func.BlockFn, fusion: func.Fusion, key: tuple[Any, ...]) -> Any:
+        make = partial(func.make_step, fusion.lift(block_fn), fusion.specs, self._optimizer(fusion), dtype=self._dtype)
+        return self._once(("step", *key), make)
 
     def _places(self) -> list[torch.device]:
         """The device of each micro-batch of a step: neighbours share one."""
@@ -241,7 +278,7 @@ class BlockTuner:
         return self._compiled[key]
 
     def _batches(
-        self, index: int, inputs: Inputs, target_NTD: Tensor, places: Sequence[torch.device]
+        self, index: int, inputs: Inputs, target_NTD: Tensor, places: Sequence[torch.device], steps: int | None = None
     ) -> Iterator[list[func.Batch]]:
         """The micro-batches of every step, on the devices that ``places`` names."""
         recipe = self._recipe
@@ -251,7 +288,7 @@ class BlockTuner:
             return func.Batch(call, target_NTD[rows_B].to(device), inputs.valid_NT[rows_B].to(device))
 
         size = recipe.batch_size * recipe.gradient_accumulate_steps
-        for rows in batch_rows(recipe.seed, index, len(inputs.valid_NT), size, recipe.iters):
+        for rows in batch_rows(recipe.seed, index, len(inputs.valid_NT), size, steps or recipe.iters):
             yield [batch(*part) for part in zip(rows.tensor_split(len(places)), places, strict=True)]
 
 
@@ -265,36 +302,6 @@ def observed_rows(recipe: Recipe, rows: int, *, stacked: bool) -> int:
     if stacked or recipe.compensates:
         return rows
     return min(rows, MOMENT_ROWS) if recipe.searches_clips else 0
-
-
-def make_optimizer(recipe: Recipe, bits: int) -> func.Transform:
-    """The recipe's optimizer: SignSGD or AdamW, offsets and clips with learning rates of their own."""
-    rate, steps = recipe.learning_rate(bits), max(recipe.iters, 1)
-    family = func.adamw if recipe.adam else partial(func.signsgd, momentum=recipe.momentum)
-    schedules = {"offset": func.linear_decay(rate, steps), "clip": func.linear_decay(recipe.minmax_lr or rate, steps)}
-    return func.partition({field: family(schedule) for field, schedule in schedules.items()}, func.by_field)
-
-
-def batch_rows(seed: int, block: int, rows: int, batch_size: int, steps: int) -> Iterator[Tensor]:
-    """Rows of each step's batch, a pure function of (seed, block, step): epochs of shuffled rows, whole batches only.
-
-    Args:
-        rows: how many there are; fewer than ``batch_size`` make one smaller batch.
-
-    >>> whole = [batch.tolist() for batch in batch_rows(0, 0, rows=4, batch_size=2, steps=3)]
-    >>> [batch.tolist() for batch in batch_rows(0, 0, rows=4, batch_size=2, steps=2)] == whole[:2]
-    True
-    >>> sorted(whole[0] + whole[1])
-    [0, 1, 2, 3]
-    """
-    per_epoch = max(rows // batch_size, 1)
-    order_N = torch.empty(0)
-    for step in range(steps):
-        epoch, place = divmod(step, per_epoch)
-        if place == 0:
-            generator = torch.Generator().manual_seed(((seed * 1_000_003 + block) * 1_000_003 + epoch) % 2**63)
-            order_N = torch.randperm(rows, generator=generator)
-        yield order_N[place * batch_size : (place + 1) * batch_size]
 
 
 def _quantize(

@@ -17,8 +17,9 @@ from autoround.forecast.types import Seconds
 from autoround.func import init
 from autoround.model.read import read_block
 from autoround.plan import BlockPlan
+from autoround.schedule import make_optimizer
 from autoround.spec import GgufSpec, QuantSpec
-from autoround.tuner import cast, make_optimizer, observed_rows
+from autoround.tuner import cast, observed_rows
 
 # A call is timed until this many seconds have passed, and at least once after one that is not counted.
 _SECONDS = 0.4

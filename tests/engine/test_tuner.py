@@ -1,6 +1,9 @@
 """What a block is tuned on, where it starts, and by which optimizer."""
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +19,9 @@ from autoround.errors import ModelError
 from autoround.func.init import search_clips
 from autoround.journal import Journal
 from autoround.recipe import Recipe
-from autoround.tuner import BlockTuner, batch_rows, make_optimizer
-from tests.engine.small import ROWS, TOKENS, codes, make, pin, recipe, replaced, rows, tune
+from autoround.schedule import batch_rows, make_optimizer
+from autoround.tuner import BlockTuner
+from tests.engine.small import ROWS, TOKENS, codes, equal_share, make, pin, recipe, replaced, rows, tune
 
 FLOAT32 = Numerics(device="cpu", dtype="float32", attention="eager", compiler=None, threads=1, micro_batches=1)
 
@@ -133,3 +137,36 @@ def test_a_layer_alone_is_quantized_a_few_rows_at_a_time(monkeypatch: pytest.Mon
     weight_OI[7, 3] = torch.nan
     with pytest.raises(ModelError, match="^head: found 1 NaN or infinite values"):
         tuner.quantize_layer("head", weight_OI, func.QuantSpec(group_size=16))
+
+
+def test_the_first_step_is_compiled_beside_the_other_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a call on another thread that changes nothing; blocks of the same structure find it compiled."""
+    threads: list[bool] = []
+
+    def watched(function: Callable[..., Any], *, compiler: str | None) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if compiler and len(args) == 3:  # a step
+                threads.append(threading.current_thread() is threading.main_thread())
+            return function(*args)
+
+        return call
+
+    plain = tune(make(), tmp_path / "plain", dtype="float32", torch_compile=False)
+    made = pin(make(), recipe(tmp_path / "ahead"), dtype="float32", compiler="inductor")
+    monkeypatch.setattr("autoround.tuner.jit", watched)
+    run = quantize(make(), made)
+    assert len(list(run)) == 2
+    assert threads == [False, *[True] * (6 * 2)]
+    assert equal_share(codes(run), codes(plain)) == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_blocks_whose_layers_are_all_kept_take_no_steps(
+    compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(tmp_path, ignore_layers="layers.0", clip_search=True)
+    if compiled:
+        pin(make(), made, compiler="inductor")
+        monkeypatch.setattr("autoround.tuner.jit", lambda function, compiler: function)
+    done = list(quantize(make(), made))
+    assert [each.loss_first > 0 for each in done] == [False, True]
