@@ -115,6 +115,11 @@ def also_in_turn(block_fn: BlockFn, starved: Mapping[str, Tensor]) -> tuple[Bloc
 
     Returns:
         The block, and tensors that it takes besides its own.
+
+    >>> from autoround.func.block import make_block_fn
+    >>> changed, turns = also_in_turn(make_block_fn(nn.Sequential(nn.ReLU())), {"0": torch.tensor([False, True, True])})
+    >>> {name: turn_E.tolist() for name, turn_E in turns.items()}
+    {'0.turn_E': [1, 2, 1]}
     """
     skeleton, turns = copy.deepcopy(block_fn.skeleton), {}
     for path, starved_E in starved.items():
