@@ -69,6 +69,18 @@ def rows_with_images(
     )  # fmt: skip
 
 
+def blank_row(processor: "ProcessorMixin", tokens: int) -> Made:
+    """A row of at most so many tokens with a grey image, to learn from what a model makes of one.
+
+    Raises:
+        DataError: the processor has no chat template, or refuses such a chat.
+    """
+    from PIL import Image
+
+    parts = [{"type": "image", "image": Image.new("RGB", (64, 64), (128, 128, 128))}, {"type": "text", "text": "."}]
+    return shortened(_processed([{"role": "user", "content": parts}], processor, "a grey image"), tokens)
+
+
 def made(inputs: Mapping[str, Tensor], where: str) -> Made:
     """A row of what a processor returns for one conversation.
 

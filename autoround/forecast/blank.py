@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from autoround import func
+from autoround.data.images import blank_row, completed
 from autoround.engine import Run
 from autoround.model.calls import CallTemplate, PerSample, Shared
-from autoround.model.capture import capture
+from autoround.model.capture import Captured, capture
 from autoround.model.load import OpenModel
+from autoround.model.media import Media
 from autoround.model.names import Pieces
+from autoround.model.record import BlindError
 from autoround.model.source import WeightSource
 
 # Rows that show a call with and without its batch axis.
@@ -75,23 +78,31 @@ class BlankRun:
         return func.make_block_fn(self.model.skeleton.get_submodule(self.run.plan.blocks[index].path))
 
 
+def _captured(run: Run, model: OpenModel) -> Captured:
+    """The calls of blocks for text, or for an image in every row where some blocks are called for images alone."""
+    width, dtype = run.recipe.seqlen, run.numerics.torch_dtype
+    tokens_NT = torch.zeros(_ROWS, width, dtype=torch.int64)
+    valid_NT = torch.ones(_ROWS, width, dtype=torch.bool)
+    try:
+        return capture(model, tokens_NT, valid_NT, batch_size=_ROWS, dtype=dtype)
+    except BlindError:
+        row = blank_row(model.processor(), width)
+        tokens_NT[:, : len(row.ids)] = torch.tensor(row.ids)
+        media = Media(completed([row] * _ROWS, width))
+        return capture(model, tokens_NT, valid_NT, batch_size=_ROWS, dtype=dtype, media=media)
+
+
 def blank(run: Run) -> BlankRun:
     """Take the weights from a run, and record the calls of its blocks at their true shapes.
 
     Raises:
-        ModelError: the model does not call its blocks as a run needs it.
+        AutoRoundError: the model does not call its blocks as a run needs it.
     """
     source = BlankSource(run.model.source)
     model = dataclasses.replace(run.model, source=source)
     if not (run.recipe.needs_data and run.plan.specs):
         return BlankRun(run=run, model=model, templates=(), hidden=(), outside=frozenset())
-    captured = capture(
-        model,
-        torch.zeros(_ROWS, run.recipe.seqlen, dtype=torch.int64),
-        torch.ones(_ROWS, run.recipe.seqlen, dtype=torch.bool),
-        batch_size=_ROWS,
-        dtype=run.numerics.torch_dtype,
-    )
+    captured = _captured(run, model)
     return BlankRun(
         run=run,
         model=model,

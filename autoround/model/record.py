@@ -29,6 +29,10 @@ _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
+class BlindError(ModelError):
+    """Some blocks are called for rows with images alone, and there are none."""
+
+
 class RecordingModel:
     """Runs forwards without blocks and returns how the blocks were called.
 
@@ -109,7 +113,7 @@ class RecordingModel:
     def _refuse_blindness(self, called: Sequence[str], media: Mapping[str, Tensor]) -> None:
         left_out = [block for block in self._blocks if block not in called]
         if left_out and not media and sees_images(self._model.config):
-            raise ModelError(
+            raise BlindError(
                 f"{left_out[0]}: found no call of this block for text alone; needed rows with images, which it attends "
                 "to; give a --dataset of messages with images"
             )

@@ -13,6 +13,7 @@ import autoround
 from autoround.data.tokens import load_calibration
 from autoround.engine import TEXT_ALONE, Run, quantize
 from autoround.errors import AutoRoundError
+from autoround.forecast.blank import blank
 from autoround.model.load import open_model
 from autoround.model.media import Media
 from autoround.model.sample import Sampler
@@ -89,6 +90,13 @@ def test_blocks_that_attend_to_images_need_some(tmp_path: Path) -> None:
         AutoRoundError, match=r"layers\.1: found no call of this block for text alone; needed rows with"
     ):
         _done(run)
+
+
+def test_plans_of_such_blocks_show_the_model_an_image(tmp_path: Path) -> None:
+    save("mllama", tmp_path / "source")
+    bare = blank(quantize(str(tmp_path / "source"), _recipe(tmp_path, str(write_rows(tmp_path, COUNTS)))))
+    assert len(bare.templates) == 3
+    assert any("vision_model" in name for name in bare.outside)
 
 
 @pytest.mark.parametrize(
