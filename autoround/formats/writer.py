@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor
+from transformers import ProcessorMixin
 
 from autoround.errors import FormatError, UsageError
 from autoround.formats.contents import Contents, Source, pieces
@@ -202,7 +203,8 @@ def _write_side_files(contents: Contents, folder: Path) -> None:
     for file in model.side_files():
         shutil.copyfile(file, folder / file.name)
     if model.own_tokenizer is not None or model.gguf_file is not None:
-        model.tokenizer().save_pretrained(folder)
+        own = model.own_tokenizer
+        (own if isinstance(own, ProcessorMixin) else model.tokenizer()).save_pretrained(folder)
     if not model.side_files() and model.skeleton.generation_config is not None:
         model.skeleton.generation_config.save_pretrained(folder)
     settings: dict[str, Any] = json.loads(model.config.to_json_string())

@@ -177,6 +177,21 @@ def test_gguf_is_refused_by_name(tmp_path: Path) -> None:
         quantize(str(tmp_path / "source"), _recipe(tmp_path, None, format=("gguf:q4_k_m",), bits=None, group_size=None))
 
 
+def test_models_in_memory_take_a_processor(tmp_path: Path) -> None:
+    save("llava", tmp_path)
+    processor, model = open_model(tmp_path).processor(), make("llava")
+    write_rows(tmp_path, COUNTS)
+    parts = [{"type": "image", "path": str(tmp_path / "1-0.png")}, {"type": "text", "text": "w1 w2 w3"}]
+    records = [{"messages": [{"role": "user", "content": parts[row % 2 :]}]} for row in range(4)]
+    run = quantize(model, _recipe(tmp_path, records), tokenizer=processor)
+    (folder,) = _done(run).export()
+    assert type(open_model(tmp_path).processor()) is type(processor)
+    assert (folder / "processor_config.json").is_file()
+    assert (folder / "tokenizer.json").is_file()
+    with pytest.raises(AutoRoundError, match="found no processor with a model in memory; needed one for images"):
+        _done(quantize(model, _recipe(tmp_path / "bare", records), tokenizer=processor.tokenizer))
+
+
 def test_processors_are_saved_as_they_came(tmp_path: Path) -> None:
     save("idefics3", tmp_path / "source")
     settings = json.loads((tmp_path / "source" / "processor_config.json").read_text())
