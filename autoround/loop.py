@@ -12,7 +12,7 @@ from autoround.activations import Inputs, Place, Stream
 from autoround.backends.base import Backend, Numerics
 from autoround.coverage import token_stats, told
 from autoround.data.tokens import Calibration
-from autoround.errors import AutoRoundError, ModelError
+from autoround.errors import AutoRoundError, JournalError, ModelError
 from autoround.journal import Journal
 from autoround.log import LOGGER
 from autoround.model.calls import CallTemplate
@@ -111,6 +111,8 @@ class BlockLoop:
             block_fn = func.make_block_fn(self.model.skeleton.get_submodule(block.path))
             tensors = read_block(self.model, block.path, device=self.devices[0])
             return self._tuner.tune(index, block_fn, tensors, block.specs, inputs)
+        except JournalError:  # names a file, not a layer
+            raise
         except AutoRoundError as error:
             raise type(error)(f"{block.path}.{error}") from error
 

@@ -2,10 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class Driver:
 
     folder: Path
     process: "subprocess.Popen[str]"
+    kills: list[bool] = field(default_factory=list)
 
     def run(self, output: Path, *, settings: dict[str, Any] | None = None, **order: Any) -> dict[str, Any]:
         """One attempt at a run; what became of it."""
@@ -37,6 +39,7 @@ class Driver:
         self.process.stdin.write(json.dumps({"settings": made, **order}) + "\n")
         self.process.stdin.flush()
         told: dict[str, Any] = json.loads(self.process.stdout.readline())
+        self.kills.append(told["status"] == -signal.SIGKILL)
         return told
 
 
@@ -49,7 +52,9 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
         [sys.executable, str(DRIVER), str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env=environment, cwd=ROOT,
     ) as process:  # fmt: skip
-        yield Driver(folder, process)
+        made = Driver(folder, process)
+        yield made
+        print(f"{len(made.kills)} attempts, {sum(made.kills)} of them killed")
         assert process.stdin is not None
         process.stdin.close()
 

@@ -3,7 +3,8 @@
 Usage: python driver.py FOLDER, which holds ``source``, a model. Each line of stdin is an order: ``settings`` of the
 recipe, and how the run is to die: ``after_block`` it finished one, ``at_point`` n of those at which it changes files,
 ``after_seconds``; or not at all, but with files of at most ``file_limit`` bytes. Each line of stdout is what became of
-it: exit status (less than 0 where a signal ended it), seconds, points, error.
+it: exit status (less than 0 where a signal ended it), seconds, points, error, and of one that is ``watched``, the most
+anonymous memory that it held.
 
 A point is what is about to be made, renamed or removed beside the output folder or in it, or the middle of a file that
 is being written.
@@ -14,6 +15,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -84,6 +86,10 @@ def child(folder: Path, order: dict[str, Any], answer: int) -> None:
     points = Points(Path(order["settings"]["output_dir"]).parent, order.get("at_point"))
     settings = order["settings"] | {"format": tuple(order["settings"]["format"])}
     told: dict[str, Any] = {}
+    peak, over = [0], threading.Event()
+    watcher = threading.Thread(target=watch, args=(peak, over)) if order.get("watched") else None
+    if watcher:
+        watcher.start()
     try:
         run = quantize(folder / "source", Recipe(**settings))
         for done in run:
@@ -92,7 +98,17 @@ def child(folder: Path, order: dict[str, Any], answer: int) -> None:
         run.export()
     except AutoRoundError as error:
         told["error"] = str(error)
-    os.write(answer, json.dumps(told | {"points": points.seen}).encode())
+    if watcher:
+        over.set()
+        watcher.join()
+    os.write(answer, json.dumps(told | {"points": points.seen, "anonymous": peak[0]}).encode())
+
+
+def watch(peak: list[int], over: threading.Event) -> None:
+    """The most bytes of memory that no file stands for, while a run lasts."""
+    while not over.wait(0.002):
+        found = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+        peak[0] = max(peak[0], int(found.split()[1]) * 1024)
 
 
 def attempt(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
