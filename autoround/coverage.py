@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 # Experts that fewer tokens reach are starved: steps would fit those tokens alone. Measured on synthetic inputs of one
 # small shape only (64 x 64, 2 bits, 200 steps, three seeds), by the error on other tokens: up to 268 tokens steps made
 # it 5 to 12% larger, at about 520 they changed it by 2% either way, from 2400 on they mostly helped.
-# Whole blocks of 32 experts tell otherwise: `python -m benchmarks.starved` with 4, 16, 64 and 128 rows, of whose experts
+# Whole blocks of 32 experts differ: `python -m benchmarks.starved` of 4, 16, 64 and 128 rows, of whose experts
 # 100, 99, 66 and 41% are starved, finds the error on other tokens 2.1% larger, 3.3, 2.2 and 1.1% smaller where all take
 # steps, and that of route_all 1.4 and 1.2% larger, 0.1 and 0.1% smaller. So 512 may be too many, but these weights are
 # random, and trained mixtures are not measured yet.
