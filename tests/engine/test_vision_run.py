@@ -20,7 +20,8 @@ from autoround.model.sample import Sampler
 from autoround.recipe import Recipe
 from tests.families.contracts import Rows, dequantized, logits
 from tests.families.images import images
-from tests.families.table import IMAGE, make
+from tests.families.table import make
+from tests.families.vision import IMAGE
 from tests.model.processors import save, write_rows
 
 COUNTS, TOKENS = (2, 1, 0, 1), 64

@@ -6,12 +6,12 @@ Every image is 16 by 16 pixels; Mllama takes two tiles of it.
 import torch
 from torch import Tensor
 
-from tests.families.table import FAMILIES, IMAGE
+from tests.families.vision import IMAGE, VISION
 
 
 def images(model_type: str) -> list[dict[str, Tensor]]:
     """What a processor makes of rows of two images, one, none and one, the last one shorter; empty for text models."""
-    if FAMILIES[model_type].kind != "vision":
+    if model_type not in VISION:
         return []
     generator = torch.Generator().manual_seed(1)
     return [_row(model_type, count, tokens, generator) for count, tokens in ((2, 16), (1, 16), (0, 16), (1, 13))]

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from autoround.model.skeleton import auto_class
+from tests.families.vision import VISION, Vision
 
 VOCABULARY, ROWS, TOKENS = 96, 4, 16
 
@@ -48,31 +49,6 @@ _LATENT: dict[str, Any] = {
     "qk_nope_head_dim": 8,
     "v_head_dim": 16,
 }
-_ROTARY: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
-_SECTIONS: dict[str, Any] = _ROTARY | {"mrope_section": [2, 3, 3]}
-_EYE: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 8,
-}
-_QWEN_EYE: dict[str, Any] = {
-    "depth": 2,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "out_hidden_size": 64,
-    "num_heads": 2,
-    "patch_size": 4,
-}
-IMAGE = 90
-_QWEN_IDS: dict[str, Any] = {
-    "image_token_id": IMAGE,
-    "video_token_id": 91,
-    "vision_start_token_id": 92,
-    "vision_end_token_id": 93,
-}
 _MERGED = "which the model merges or splits into"
 
 
@@ -105,8 +81,8 @@ def _experts(settings: dict[str, Any], special: str = "", *, refused: str = "") 
     return Family(settings=settings, kind="experts", special=special, refused=refused)
 
 
-def _vision(text: dict[str, Any], eye: dict[str, Any], others: dict[str, Any], special: str) -> Family:
-    return Family(settings={"text_config": text, "vision_config": eye} | others, kind="vision", special=special)
+def _seeing(each: Vision) -> dict[str, Any]:
+    return {"text_config": _WIDE | each.text, "vision_config": each.eye, **each.others}
 
 
 FAMILIES: dict[str, Family] = {
@@ -284,72 +260,7 @@ FAMILIES: dict[str, Family] = {
         _WIDE | _DELTA | _EXPERTS | {"shared_expert_intermediate_size": 32}, "gated delta rule and attention"
     ),
     "solar_open": _experts(_WIDE | _ROUTED | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}),
-    "qwen2_vl": _vision(
-        _MODERN | {"rope_parameters": _SECTIONS},
-        {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4},
-        _QWEN_IDS,
-        "positions of three axes",
-    ),
-    "qwen2_5_vl": _vision(
-        _MODERN | {"rope_parameters": _SECTIONS},
-        _QWEN_EYE | {"window_size": 16, "fullatt_block_indexes": [1]},
-        _QWEN_IDS,
-        "positions of three axes",
-    ),
-    "qwen3_vl": _vision(
-        _WIDE | {"rope_parameters": _SECTIONS | {"mrope_interleaved": True}},
-        _QWEN_EYE | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
-        _QWEN_IDS,
-        "positions of three axes, image features added between blocks",
-    ),
-    "llava": _vision(
-        _MODERN | {"model_type": "llama"},
-        _EYE | {"model_type": "clip_vision_model"},
-        {"image_token_id": IMAGE},
-        "Llama",
-    ),
-    "gemma3": _vision(
-        _WIDE | _LOCAL,
-        _EYE,
-        {"mm_tokens_per_image": 4, "image_token_index": IMAGE, "boi_token_index": 92, "eoi_token_index": 93},
-        "image tokens see each other both ways",
-    ),
-    "idefics3": _vision(
-        _MODERN | {"model_type": "llama"}, _EYE, {"scale_factor": 2, "image_token_id": IMAGE}, "Llama, images in tiles"
-    ),
-    "smolvlm": _vision(
-        _MODERN | {"model_type": "llama"}, _EYE, {"scale_factor": 2, "image_token_id": IMAGE}, "Llama, images in tiles"
-    ),
-    "mllama": _vision(
-        _MODERN | {"num_hidden_layers": 3, "cross_attention_layers": [1], "rope_parameters": _ROTARY},
-        {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_global_layers": 1,
-            "attention_heads": 2,
-            "image_size": 16,
-            "patch_size": 8,
-            "vision_output_dim": 64,
-            "intermediate_layers_indices": [0],
-            "max_num_tiles": 2,
-            "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
-        },
-        {"image_token_index": IMAGE},
-        "blocks of cross attention to images",
-    ),
-    "internvl": _vision(
-        _MODERN | {"model_type": "qwen2"},
-        _EYE | {"image_size": [16, 16], "patch_size": [8, 8]},
-        {"image_token_id": IMAGE, "downsample_ratio": 0.5},
-        "Qwen 2",
-    ),
-    "mistral3": _vision(
-        _WIDE | {"model_type": "mistral"},
-        _EYE | {"model_type": "pixtral", "patch_size": 4, "head_dim": 16},
-        {"image_token_index": IMAGE, "spatial_merge_size": 2},
-        "Mistral, Pixtral's tower",
-    ),
+    **{name: Family(settings=_seeing(each), kind="vision", special=each.special) for name, each in VISION.items()},
 }
 
 

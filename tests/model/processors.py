@@ -15,7 +15,8 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-from tests.families.table import IMAGE, VOCABULARY, make
+from tests.families.table import VOCABULARY, make
+from tests.families.vision import IMAGE
 
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }} {% for part in message.content %}"
