@@ -21,9 +21,9 @@ from autoround.errors import ModelError
 from autoround.log import LOGGER
 from autoround.model.gguf import GgufSource, open_gguf, read_config
 from autoround.model.hub import SIDE_FILES, download
-from autoround.model.remote import remote_headers
 from autoround.model.low_precision import METHODS
 from autoround.model.processor import open_processor
+from autoround.model.remote import remote_headers
 from autoround.model.skeleton import build_skeleton, copy_skeleton, sees_images
 from autoround.model.source import INDEX, Headers, ModuleSource, SafetensorsSource, WeightSource
 
