@@ -51,7 +51,7 @@ def test_there_are_five_presets() -> None:
     assert list(PRESETS) == ["default", "best", "light", "rtn", "opt_rtn"]
     with pytest.raises(UsageError, match="recipe: found 'heavy'; needed one of default, best, light, rtn, opt_rtn"):
         Recipe.preset("heavy")
-    with pytest.raises(UsageError, match="recipe: found unknown settings iter, speed; known are adam, "):
+    with pytest.raises(UsageError, match="recipe: found unknown settings iter, speed; known are activations, adam, "):
         Recipe.preset("light", iter=3, speed=9)
 
 
