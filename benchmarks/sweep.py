@@ -1,9 +1,10 @@
 """Which settings reach which quality: many recipes on one model, judged alike; how defaults are chosen.
 
-``python -m benchmarks.sweep [--groups NAME …] [--bits N …] [--device auto] [--jobs N] [--minutes N] [--folder FOLDER]``
-quantizes SmolLM2 (dithered) by each variant of the named groups and prints KL divergence from the float model in four
-domains. Variants are shared among ``--jobs`` processes on one device: their times then say nothing, the divergences
-are the same. What a variant found is a line of ``FOLDER/sweep-JOB.jsonl`` and is not computed again.
+``python -m benchmarks.sweep [--groups NAME …] [--bits N …] [--blocks N] [--rows N] [--jobs N] [--minutes N]
+[--device NAME] [--folder FOLDER]`` quantizes SmolLM2 (dithered), or its first blocks, by each variant of the named
+groups and prints KL divergence from the float model in four domains, and seconds a block without the first one.
+Variants are shared among ``--jobs`` processes on one device: their times then say nothing, the divergences are the
+same. What a variant found is a line of ``FOLDER/sweep-JOB.jsonl`` and is not computed again.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +69,8 @@ def groups(bits: int) -> dict[str, list[Variant]]:
     return {
         "start": _variants(bits, iters=(0,), clip_search=both, compensate=both),
         "steps": _variants(bits, iters=(25, 50, 100, 200)),
-        "few": _variants(bits, iters=(10, 20), compensate=both, lr=(0.0025, 0.005, 0.01, 0.02)),
-        "rate50": _variants(bits, iters=(50,), compensate=both, lr=(0.0025, 0.005, 0.01, 0.02, 0.04)),
+        "light": _variants(bits, iters=(15, 25, 50), compensate=both, lr=(0.0025, 0.005)),
+        "fast": _variants(bits, iters=(15, 25, 50), compensate=both, lr=(0.01, 0.02)),
         "rate200": _variants(bits, iters=(200,), compensate=both, lr=(0.0025, 0.005, 0.01)),
         "clips": _variants(bits, iters=(50,), minmax_lr=(0.005, 0.01, 0.04)),
         "momentum": _variants(bits, iters=(50,), momentum=(0.5, 0.9), lr=(0.005, 0.01, 0.02)),
@@ -103,24 +105,25 @@ def load(source: Path, device: torch.device) -> nn.Module:
     return model
 
 
-def try_variant(variant: Variant, source: Path, calibration: list[list[int]], device: str, candidate: nn.Module) -> Any:
-    """Quantize by a variant and put the result into the candidate; losses of each block's last step, and seconds."""
-    rows, seqlen = WHOLE_DATA
+def try_variant(
+    variant: Variant, source: Path, texts: Texts, candidate: nn.Module, options: argparse.Namespace
+) -> tuple[list[float], float]:
+    """Quantize by a variant and put the result into the candidate; losses of blocks' last steps, seconds a block."""
     with tempfile.TemporaryDirectory() as folder:
         own: dict[str, Any] = {
-            "bits": variant.bits, "group_size": GROUP_SIZE, "dataset": calibration, "nsamples": rows, "seqlen": seqlen,
-            "seed": variant.seed, "output_dir": f"{folder}/out", "device_map": device}  # fmt: skip
+            "bits": variant.bits, "group_size": GROUP_SIZE, "nsamples": options.rows, "seqlen": WHOLE_DATA[1],
+            "dataset": texts.calibration[: options.rows], "seed": variant.seed, "output_dir": f"{folder}/out",
+            "device_map": options.device, "torch_compile": options.device == "cpu"}  # fmt: skip
         run = quantize(source, Recipe.preset(variant.preset, **own | dict(variant.settings)))
-        start = time.monotonic()
-        losses = [done.loss_last for done in run]
-        seconds = time.monotonic() - start
+        blocks = list(islice(run, options.blocks))
         journal = Journal(run.journal_folder, {})
-        for index, part in enumerate(run.plan.parts):
+        for index, part in enumerate(run.plan.parts[: len(blocks)]):
             for path, codes in journal.read_block(index).items():
                 weight = candidate.get_submodule(f"{part.prefix}{path}").weight
                 with torch.no_grad():
                     weight.copy_(func.dequantize(codes, part.specs[path]))
-    return losses, seconds
+    rest = [done.seconds for done in blocks[1:]]
+    return [done.loss_last for done in blocks], sum(rest) / max(len(rest), 1)
 
 
 def work(options: argparse.Namespace) -> None:
@@ -129,21 +132,27 @@ def work(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     file = options.folder / f"sweep-{options.job}.jsonl"
     reference: nn.Module | None = None
-    waiting = [variant for variant in chosen(options) if variant.name not in options.done]
+    waiting = [variant for variant in chosen(options) if name(variant, options) not in options.done]
     for variant in waiting[options.job :: options.jobs]:
         if time.monotonic() > end:
             return
         source, texts = read_texts(place, variant.seed, tokens=options.tokens)
         if reference is None:
             reference, candidate = load(source, device), load(source, device)
-        losses, seconds = try_variant(variant, source, texts.calibration, options.device, candidate)
+        losses, seconds = try_variant(variant, source, texts, candidate, options)
         rows = [row for own in texts.documents.values() for row in own]
         scores = quality.judge(reference, {"it": candidate}, rows)["it"]
         sizes = [len(own) for own in texts.documents.values()]
         parts = zip(texts.documents, zip(*(field.split(sizes) for field in scores), strict=True), strict=True)
         kl = {name: float(own[2].sum() / own[0].sum()) for name, own in parts}
         kl["all"] = float(scores.kl_D.sum() / scores.tokens_D.sum())
-        found = {"name": variant.name, "kl": kl, "losses": losses, "seconds": seconds, "machine": machine.describe()}
+        found = {
+            "name": name(variant, options),
+            "kl": kl,
+            "losses": losses,
+            "seconds": seconds,
+            "machine": machine.describe(),
+        }
         with file.open("a") as output:
             output.write(json.dumps(found) + "\n")
         print(line(found), flush=True)
@@ -153,6 +162,11 @@ def chosen(options: argparse.Namespace) -> list[Variant]:
     """The variants that are asked for, group after group, each once."""
     found = [variant for name in options.groups for bits in options.bits for variant in groups(bits)[name]]
     return list({variant.name: variant for variant in found}.values())
+
+
+def name(variant: Variant, options: argparse.Namespace) -> str:
+    """Of a variant on this much of the model and the data."""
+    return f"{variant.name} blocks={options.blocks} rows={options.rows}"
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -165,7 +179,7 @@ def line(found: dict[str, Any]) -> str:
     """One variant's figures."""
     kl = found["kl"]
     own = " / ".join(f"{kl[name]:.4f}" for name in domains.DOMAINS)
-    return f"KL {kl['all']:.4f} ({own})  {found['seconds']:6.0f} s  {found['name']}"
+    return f"KL {kl['all']:.4f} ({own})  {found['seconds']:6.2f} s a block  {found['name']}"
 
 
 def main() -> None:
@@ -173,6 +187,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", choices=list(groups(4)), default=list(groups(4)), metavar="NAME")
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
+    parser.add_argument("--blocks", type=int, default=30, help="the first ones; the others stay as they are")
+    parser.add_argument("--rows", type=int, default=WHOLE_DATA[0], help="of calibration")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=600, help="after which no further variant is begun")
@@ -190,7 +206,7 @@ def main() -> None:
                *(each["name"] for each in results(options.folder))]  # fmt: skip
     processes = [subprocess.Popen([*command, "--job", str(job)]) for job in range(options.jobs)]
     failed = [process.wait() for process in processes]
-    names = {variant.name for variant in chosen(options)}
+    names = {name(variant, options) for variant in chosen(options)}
     print("\n".join(["", *(line(found) for found in results(options.folder) if found["name"] in names)]))
     sys.exit(any(failed))
 
