@@ -168,7 +168,8 @@ def slopes() -> list[Slope]:
     found: list[Slope] = []
     for seed in SEEDS:
         own = partial(Slope, bits=4, seed=seed, data=(32, 256), model="smollm2-blocks-1", tool=OURS)
-        found += [own(topic="pace", tool=tool, bits=bits, steps=(20, 420)) for bits in (4, 2) for tool in (OURS, THEIRS)]
+        pace = partial(own, topic="pace", steps=(20, 420))
+        found += [pace(tool=tool, bits=bits) for bits in (4, 2) for tool in (OURS, THEIRS)]
         found += [own(topic="depth", model=f"smollm2-blocks-{blocks}") for blocks in (1, 2, 4)]
         found += [own(topic="width", model=f"llama-width-{width}") for width in (384, 576, 768)]
         found += [own(topic="tokens", data=(32, seqlen)) for seqlen in (128, 256, 512)]
