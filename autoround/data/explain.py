@@ -74,10 +74,11 @@ def explain(
 def _source(source: SourceReport) -> str:
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in source.dropped) or "none"
     cut = f", {source.tokens_cut:,} tokens cut off" if source.tokens_cut else ""
+    images = f", {source.images:,} images" if source.images else ""
     lines = [source.name, f"  from     {source.origin or 'the caller'}", f"  read     {source.documents:,} documents"]
     lines += [f"  kept     {source.kept:,}", f"  dropped  {dropped}"]
     return "\n".join(
-        [*lines, f"  made     {source.rows:,} of {source.rows_asked:,} rows, {source.tokens:,} tokens{cut}"]
+        [*lines, f"  made     {source.rows:,} of {source.rows_asked:,} rows, {source.tokens:,} tokens{images}{cut}"]
     )
 
 

@@ -158,17 +158,40 @@ def _splits(spec: DatasetSpec, target: HubName, available: list[str]) -> tuple[s
 
 
 def _streamed(opened: _Opened, spec: DatasetSpec, *, rng: random.Random, rows: int) -> Iterator[Document]:
-    streams = [_read(opened.catalog[split], opened.target, spec, split) for split in opened.splits]
+    streams = [_read(_encoded(opened.catalog[split]), opened.target, spec, split) for split in opened.splits]
     return windows(_alternate(streams), rng=rng, size=max(1024, 8 * rows))
 
 
 def _whole(opened: _Opened, spec: DatasetSpec, *, rng: random.Random) -> Iterator[Document]:
     split = "+".join(opened.splits)
-    whole = opened.whole(split)
+    whole = _encoded(opened.whole(split))
     order = list(range(len(whole)))
     rng.shuffle(order)
     for row in order:
-        yield _document(whole[row], opened.target, spec, f"{spec.name} [{split}], row {row + 1}")
+        found = whole[row]
+        record = found if isinstance(found, Mapping) else found.to_pylist()[0]
+        yield _document(record, opened.target, spec, f"{spec.name} [{split}], row {row + 1}")
+
+
+def _encoded(rows: Any) -> Any:
+    """A dataset whose images stay the bytes that they are, so that those of many rows fit into memory: as tables of one
+    row where it has images and is no stream."""
+    import datasets
+
+    if not _shows(rows.features or {}):
+        return rows
+    return rows.decode(False) if isinstance(rows, datasets.IterableDataset) else rows.with_format("arrow")
+
+
+def _shows(feature: Any) -> bool:
+    """Whether there are images in a feature of a dataset."""
+    import datasets
+
+    if isinstance(feature, Mapping):
+        return any(_shows(each) for each in feature.values())
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return _shows(feature.feature)
+    return isinstance(feature, datasets.Image)
 
 
 def _read(rows: Iterable[Mapping[str, Any]], target: HubName, spec: DatasetSpec, split: str) -> Iterator[Document]:

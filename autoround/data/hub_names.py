@@ -54,8 +54,8 @@ SHORT_NAMES: Mapping[str, HubName] = MappingProxyType(
 
 # Names by which other places know a dataset of the hub.
 _ALIASES: Mapping[str, str] = MappingProxyType({"swift/pile-val-backup": "pile-val-backup"})
-_IMAGES = "found a set of images and questions; calibration uses text alone; give a text dataset"
-# Names that Intel's tool knows and that are no text on the hub -> what to say.
+_IMAGES = "found questions about images that are not in the set itself; give a dataset that holds its images"
+# Names that Intel's tool knows and that cannot be read from the hub -> what to say.
 _REFUSED: Mapping[str, str] = MappingProxyType(
     {
         "audiocaps": "found a set that is not on the hub; download its train.csv and give TRAIN.csv:column=caption",

@@ -4,6 +4,7 @@ Legend: N rows, T tokens in a row.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -14,14 +15,17 @@ from torch.nn import functional
 from autoround.data.encode import conversation
 from autoround.data.language import DatasetSpec
 from autoround.data.packing import Row, RowRequest
+from autoround.data.pictures import Part
 from autoround.data.records import Document, Pictured
 from autoround.data.report import SourceReport
 from autoround.errors import DataError
+from autoround.log import LOGGER
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 Extras: TypeAlias = Mapping[str, Tensor]
+DROPPED = "longer than seqlen, with images"
 _OF_TEXT = ("input_ids", "attention_mask")
 
 
@@ -35,7 +39,8 @@ class Made(NamedTuple):
 def rows_with_images(
     documents: Iterable[Document], request: RowRequest, processor: "ProcessorMixin", *, spec: DatasetSpec
 ) -> tuple[list[Made], SourceReport]:
-    """Make every document one row. Longer ones than ``seqlen`` are cut where they have no image, else dropped.
+    """Make every document one row. Longer ones than ``seqlen`` are cut where they have no image, else dropped with a
+    warning.
 
     Args:
         documents: texts and chats, with images or without; read until there are enough rows.
@@ -44,28 +49,64 @@ def rows_with_images(
         spec: where they come from.
 
     Raises:
-        DataError: an image that cannot be read, a conversation that the processor refuses, or a processor without
-            a chat template.
+        DataError: an image that cannot be read, a conversation that the processor refuses, a processor without a chat
+            template, or rows with images that are all too long.
     """
     if spec.apply_chat_template is False or processor.chat_template is None:
         found = "apply_chat_template=False" if processor.chat_template else "a processor without a chat template"
         raise DataError(f"dataset {spec.name!r}: found {found}; images need a template; leave them out")
     rows: list[Made] = []
-    read = cut = 0
+    too_long: list[int] = []
+    read = cut = images = 0
     for document in documents:
         read += 1
         own = _processed(_messages(document, spec), processor, f"dataset {spec.name!r}, document {read}")
-        beyond = max(0, len(own.ids) - request.seqlen)
+        beyond, shown = max(0, len(own.ids) - request.seqlen), document.images if isinstance(document, Pictured) else 0
         cut += beyond
-        if not beyond or not isinstance(document, Pictured):
+        if beyond and shown:
+            too_long.append(len(own.ids))
+        else:
             rows.append(own)
+            images += shown
         if len(rows) == request.rows:
             break
-    dropped = (("longer than seqlen, with images", read - len(rows)),) if read > len(rows) else ()
+    _tell_dropped(f"dataset {spec.name!r}", too_long, read, request.seqlen)
+    dropped = ((DROPPED, len(too_long)),) if too_long else ()
     kept = [shortened(row, request.seqlen) for row in rows]
     return kept, SourceReport(
         name=request.name, documents=read, kept=len(rows), dropped=dropped, tokens=sum(len(row.ids) for row in kept),
-        tokens_cut=cut, rows=len(kept), rows_asked=request.rows,
+        tokens_cut=cut, rows=len(kept), rows_asked=request.rows, images=images,
+    )  # fmt: skip
+
+
+def fitting(rows: Sequence[Made], tokens: int) -> list[Made]:
+    """The rows that may be cut to so many tokens; those whose images need more are dropped with a warning.
+
+    Raises:
+        DataError: all are dropped.
+    """
+    too_long = [len(row.ids) for row in rows if _is_cut_through(row, tokens)]
+    _tell_dropped("dataset", too_long, len(rows), tokens)
+    return [row for row in rows if not _is_cut_through(row, tokens)]
+
+
+def _is_cut_through(row: Made, tokens: int) -> bool:
+    """Whether a cut would part tokens of images from what they stand for."""
+    size = len(row.ids)
+    return size > tokens and not all(_by_token(each, size) for each in row.extras.values())
+
+
+def _tell_dropped(where: str, too_long: Sequence[int], read: int, seqlen: int) -> None:
+    if not too_long:
+        return
+    advice = f"raise seqlen, {max(too_long)} suffices, or lower the size of images in preprocessor_config.json"
+    if len(too_long) == read:
+        raise DataError(
+            f"{where}: found {read} rows with images, all longer than {seqlen} tokens; needed shorter ones; {advice}"
+        )
+    LOGGER.warning(
+        "%s: dropped %d of %d rows, whose images make them longer than %d tokens; %s",
+        where, len(too_long), read, seqlen, advice,
     )  # fmt: skip
 
 
@@ -155,16 +196,21 @@ def _messages(document: Document, spec: DatasetSpec) -> list[dict[str, Any]]:
     return own + rest
 
 
-def _part(part: str | Path, where: str) -> dict[str, Any]:
+def _part(part: Part, where: str) -> dict[str, Any]:
     from PIL import Image
 
     if isinstance(part, str):
         return {"type": "text", "text": part}
+    if isinstance(part, Image.Image):
+        return {"type": "image", "image": part.convert("RGB")}
+    named = f", {part}" if isinstance(part, Path) else ""
     try:
-        with Image.open(part) as image:
+        with Image.open(BytesIO(part) if isinstance(part, bytes) else part) as image:
             return {"type": "image", "image": image.convert("RGB")}
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where}: found an image that cannot be read, {part} ({error}); replace the file") from error
+        raise DataError(
+            f"{where}: found an image that cannot be read{named} ({error}); replace it, or take the row out"
+        ) from error
 
 
 def _processed(messages: list[dict[str, Any]], processor: "ProcessorMixin", where: str) -> Made:

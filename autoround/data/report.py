@@ -16,6 +16,7 @@ class SourceReport:
         tokens_cut: tokens read and left out: beyond a row of their own, or in a last row too short to keep.
         rows: rows made.
         rows_asked: rows that were this source's share.
+        images: images in the rows.
         origin: in words where the documents come from; empty for data passed in.
     """
 
@@ -27,13 +28,15 @@ class SourceReport:
     tokens_cut: int
     rows: int
     rows_asked: int
+    images: int = 0
     origin: str = ""
 
     def __str__(self) -> str:
         dropped = "".join(f", {count} dropped ({reason})" for reason, count in self.dropped)
         cut = f", {self.tokens_cut} tokens cut off" if self.tokens_cut else ""
+        images = f", {self.images} images" if self.images else ""
         return (
-            f"{self.name}: {self.rows} of {self.rows_asked} rows, {self.tokens} tokens "
+            f"{self.name}: {self.rows} of {self.rows_asked} rows, {self.tokens} tokens{images} "
             f"from {self.kept} documents{dropped}{cut}"
         )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from autoround.data.encode import encode, find_specials
-from autoround.data.images import Extras, Made, completed, made, rows_with_images, shortened
+from autoround.data.images import DROPPED, Extras, Made, completed, fitting, made, rows_with_images, shortened
 from autoround.data.language import DatasetSpec, parse_specs
 from autoround.data.packing import Row, RowRequest, pack_rows, row_per_document
 from autoround.data.records import Document, Pictured, read_record
@@ -105,9 +105,11 @@ def load_calibration(
     rows, reports, width = _read(DEFAULT_DATASET if dataset is None else dataset, job)
     report = CalibrationReport(sources=tuple(reports), nsamples=nsamples, seqlen=seqlen)
     if len(rows) < min(batch_size, nsamples):
+        dropped = any(reason == DROPPED for source in reports for reason, _ in source.dropped)
+        advice = "raise seqlen, or lower batch_size" if dropped else "give more text, or lower seqlen or batch_size"
         raise DataError(
             f"calibration data: found {len(rows)} of {nsamples} rows of {seqlen} tokens ({_joined(report)}); needed "
-            f"{min(batch_size, nsamples)}, one batch; give more text, or lower seqlen or batch_size"
+            f"{min(batch_size, nsamples)}, one batch; {advice}"
         )
     if len(rows) < nsamples:
         LOGGER.warning(
@@ -228,8 +230,7 @@ def _rows_of(found: Iterable[Document], spec: DatasetSpec, share: int, *, job: _
     if (pictured := next((each for each in firsts if isinstance(each, Pictured)), None)) is not None:
         if job.writer is None:
             raise DataError(
-                f"{pictured.where}: found images and no model to read them with; needed a run, or text; "
-                "`auto-round data` shows text alone"
+                f"{pictured.where}: found images and no model to read them with; needed its processor, or text alone"
             )
         request = RowRequest(spec.name, share, job.seqlen)
         rows, report = rows_with_images(found, request, job.writer.processor(), spec=spec)
@@ -256,11 +257,6 @@ def _too_little(report: SourceReport, seqlen: int) -> DataError:
     where = f"dataset {report.name!r}"
     if not report.documents:
         return DataError(f"{where}: found no documents; needed some text; check the file or its split")
-    if report.dropped and "images" in report.dropped[0][0]:
-        return DataError(
-            f"{where}: found {report.documents} rows with images, all longer than {seqlen} tokens; needed shorter "
-            "ones; raise seqlen, or lower the size of images in preprocessor_config.json"
-        )
     if not report.tokens_cut:
         return DataError(f"{where}: found no text in {report.documents} documents; needed some; check column=")
     return DataError(
@@ -283,6 +279,7 @@ def _from_made(found: list[Made], kind: str, job: _Job) -> tuple[list[Made], lis
     _check_vocabulary([row.ids for row in found], job.vocab_size, where="dataset, row ")
     random.Random(f"{job.seed}:0").shuffle(found)
     request = RowRequest(f"{len(found)} {kind}", job.nsamples, job.seqlen)
+    found = fitting(found, job.seqlen)
     _, report = row_per_document((row.ids for row in found), request)
     if report.tokens_cut:
         LOGGER.warning("dataset: %d token ids lie beyond seqlen %d and are cut off", report.tokens_cut, job.seqlen)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from datasets import Dataset, Features, Image, List, Value
 
 from autoround.data.hub_names import resolve
 from autoround.errors import DataError
@@ -33,7 +34,7 @@ for text in sys.argv[1:]:
         result = {"first": found[:3], "count": len(found), "ends": ends, "origin": source.origin}
     except DataError as error:
         result = {"error": str(error)}
-    print(json.dumps({**result, "notes": notes}))
+    print(json.dumps({**result, "notes": notes}, default=len))
 """
 CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
 
@@ -55,6 +56,23 @@ def _lines(path: Path, rows: list[dict[str, object]]) -> None:
 def _table(path: Path, rows: list[dict[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+
+
+def _pictured(root: Path) -> Path:
+    """A dataset of images and chats that show them, as ``datasets`` writes it: bytes, of which it makes pictures."""
+    features = Features(
+        {
+            "images": List(Image()),
+            "messages": [{"role": Value("string"), "content": [{"type": Value("string"), "text": Value("string")}]}],
+        }
+    )
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}, {"type": "image", "text": None}]
+    chat = [{"role": "user", "content": parts}]
+    images = [[{"bytes": b"1" * (row + 1), "path": None}, {"bytes": b"12", "path": None}] for row in range(6)]
+    table = Dataset.from_dict({"images": images, "messages": [chat] * 6}, features=features)
+    (root / "data").mkdir(parents=True)
+    table.to_parquet(root / "data" / "train-00000-of-00001.parquet")
+    return root
 
 
 def _configs(root: Path) -> Path:
@@ -101,6 +119,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
     plain.mkdir()
     (plain / "plain.py").write_text("raise SystemExit('this must not run')")
     datasets = {"org/lines": lines, "org/table": table, "HuggingFaceH4/ultrachat_200k": chats}
+    datasets |= {"org/pictured": _pictured(root / "pictured")}
     datasets |= {"org/mine": lines, "org/theirs": lines, "org/configs": _configs(root / "configs")}
     datasets |= {"google-research-datasets/mbpp": code, "org/script": _script(root / "script"), "org/plain": plain}
     with FakeHub(datasets=datasets, tokens={"org/mine": "hf_mine", "org/theirs": "hf_theirs"}) as running:
@@ -164,6 +183,16 @@ def test_configurations_and_well_known_names(hub: FakeHub, tmp_path: Path) -> No
     assert (held["count"], held["ends"]) == (20, ["test 0", "test 9"])
 
 
+def test_images_stay_bytes_until_they_are_rows(hub: FakeHub, tmp_path: Path) -> None:
+    """Their sizes stand for them here; none of them could be opened."""
+    whole, streamed = read(hub.environment(tmp_path), "org/pictured", "org/pictured:num=2")
+    for found in (whole, streamed):
+        rows = [row for _, row in found["first"]]
+        assert found["count"] == 6
+        assert all(row == [["user", [row[0][1][0], "What?", 2]]] for row in rows)
+        assert len({row[0][1][0] for row in rows}) == 3
+
+
 def test_refusals(hub: FakeHub, tmp_path: Path) -> None:
     says = {
         "org/table": "found keys 'id', 'title', 'abstract'; understood: ",
@@ -208,7 +237,7 @@ def test_the_cache_alone(hub: FakeHub, tmp_path: Path) -> None:
     ("name", "says"),
     [
         ("audiocaps", "not on the hub; download its train.csv"),
-        ("llava_conv_58k", "images and questions; calibration uses text alone"),
+        ("llava_conv_58k", "images that are not in the set itself; give a dataset that holds its images"),
         ("local", "give the path of the file itself"),
         ("a name", "neither a file of that name nor a hub name"),
     ],
