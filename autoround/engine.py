@@ -1,6 +1,7 @@
 """The engine: plans a run, opens its journal, lets the loop over blocks fill it, and writes the formats."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from autoround import config
 from autoround.activations import Place, choose_place
-from autoround.backends.base import Numerics, select_all
+from autoround.backends.base import Numerics, of_rank, select_all
 from autoround.backends.host import free_bytes
 from autoround.coverage import told
 from autoround.data.tokens import Calibration, load_calibration, needs_tokenizer
@@ -19,10 +20,12 @@ from autoround.errors import UsageError
 from autoround.export import Target, origin, write_formats
 from autoround.families import split
 from autoround.fate import plan_run
+from autoround.follower import Follower
 from autoround.formats.registry import rules
 from autoround.formats.writer import check_folder, parse_size
-from autoround.identity import manifest_of
+from autoround.identity import manifest_of, shared_facts
 from autoround.journal import MANIFEST, Journal, hold, open_journal, read_manifest
+from autoround.launch import launched
 from autoround.log import LOGGER
 from autoround.loop import BlockLoop
 from autoround.model.experts import describe
@@ -34,6 +37,7 @@ from autoround.model.skeleton import sees_images
 from autoround.numerics import choose_numerics
 from autoround.plan import Plan, check_head, with_extra
 from autoround.progress import BlockDone, Meter, Progress
+from autoround.ranks import agree, join
 from autoround.recipe import Recipe
 
 TEXT_ALONE = (
@@ -109,9 +113,14 @@ class Run:
         known = (self.journal_folder / MANIFEST).exists()
         continued = known and not (recipe.overwrite or recipe.restart)
         check_folder(self._output, overwrite=recipe.overwrite or known)
-        self._backend, self._devices = select_all(recipe.device_map)
+        launch = launched(os.environ)
+        self._backend, devices = select_all(recipe.device_map)
+        self._devices = of_rank(self._backend, devices, launch)
         self._device = self._devices[0]
-        recorded = read_manifest(self.journal_folder).get("numerics", {}) if continued else {}
+        self._ranks = join(launch, self._backend.name)
+        self._first = self._ranks.rank == 0
+        recorded = read_manifest(self.journal_folder).get("numerics", {}) if continued and self._first else {}
+        recorded = self._ranks.tell(recorded)
         attention = recorded.get("attention") or self._backend.attention(recipe.seqlen)
         self.model = open_model(
             model,
@@ -126,17 +135,19 @@ class Run:
         self._head = shape.head
         recorded = {**needed_numerics(self.model.config.model_type), **recorded}
         self.plan: Plan = with_extra(plan_run(recipe, self.model, shape, format_rules), self.model.source.extra())
-        self._numerics = choose_numerics(
-            recipe, self.plan, self._backend, len(self._devices), {"attention": attention, **recorded}
-        )
+        parts = launch.parts if launch else len(self._devices)
+        self._numerics = choose_numerics(recipe, self.plan, self._backend, parts, {"attention": attention, **recorded})
         free, dtype = min(free_bytes().values()), self._numerics.torch_dtype
+        free //= launch.local_size if launch else 1
         self._place = choose_place(recipe, self.model, dtype, self._device, free)
-        self._meter = Meter(len(self.plan.parts), recipe.iters, self._backend.memory_bytes, on_progress)
+        listen = on_progress if self._first else None
+        self._meter = Meter(len(self.plan.parts), recipe.iters, self._backend.memory_bytes, listen)
         self._journal: Journal | None = None
         self._lock: BaseFileLock | None = None  # of a journal that is there; held from before the first work on
         self._origin = origin(
             model, revision=recipe.revision, cache_dir=recipe.cache_dir, trust_remote_code=recipe.trust_remote_code
         )
+        agree(self._ranks, shared_facts(recipe, self._numerics))
 
     @property
     def numerics(self) -> Numerics:
@@ -164,12 +175,14 @@ class Run:
 
     def __iter__(self) -> Iterator[BlockDone]:
         """Do the work, one event per block; blocks that an interrupted run finished are reported as resumed."""
-        self._lock = hold(self.journal_folder)
-        calibration = self._calibration() if self.recipe.needs_data and self.plan.specs else None
+        torch.set_num_threads(self._numerics.threads)  # a model that writes rows repeats them with as many
+        self._lock = hold(self.journal_folder) if self._first else None
+        needed = self._first and self.recipe.needs_data and self.plan.specs
+        calibration = self._ranks.tell(self._calibration() if needed else None)
         if self._journal is None:
             self._journal = self._open_journal(calibration)
         journal = self._journal
-        finished = journal.finished()
+        finished = self._finished(journal)
         for index in range(finished):
             yield self._meter.resumed(index, self.plan.parts[index].title, told(journal.read_stats(index)))
         if finished < len(self.plan.parts):
@@ -199,18 +212,25 @@ class Run:
             overwrite=recipe.overwrite or output == self._output,
         )
         target.check(self.plan)
-        if self._journal is None or self._journal.finished() < len(self.plan.parts):
+        if self._journal is None or self._finished(self._journal) < len(self.plan.parts):
             for _ in self:
                 pass
         assert self._journal is not None
         self._backend.release_memory()
+        return self._ranks.tell(self._write(self._journal, target) if self._first else ())
+
+    def _write(self, journal: Journal, target: Target) -> tuple[Path, ...]:
         return write_formats(
             self.model,
             self.plan,
-            self._journal.read_block,
+            journal.read_block,
             target,
             on_format=lambda name, folder: self._meter.phase("export", f"{name} in {folder}"),
         )
+
+    def _finished(self, journal: Journal) -> int:
+        """How many blocks are done; the first rank knows."""
+        return self._ranks.tell(journal.finished())
 
     def _loop(self, journal: Journal) -> BlockLoop:
         return BlockLoop(
@@ -224,11 +244,11 @@ class Run:
             meter=self._meter,
             numerics=self._numerics,
             place=self._place,
+            ranks=self._ranks,
         )
 
     def _calibration(self) -> Calibration:
         self._meter.phase("calibration", "reading text")
-        torch.set_num_threads(self._numerics.threads)  # a model that writes rows repeats them with as many
         recipe = self.recipe
         writer = Sampler(
             self.model,
@@ -250,8 +270,9 @@ class Run:
         return found
 
     def _open_journal(self, calibration: Calibration | None) -> Journal:
+        if not self._first:
+            return Follower(self.journal_folder, self._ranks.rank)
         self._meter.phase("calibration", "hashing the source weights")
-        torch.set_num_threads(self._numerics.threads)
         manifest = manifest_of(
             self.recipe,
             self.plan,

@@ -24,6 +24,18 @@ FREE_SETTINGS = frozenset({
 })  # fmt: skip
 
 
+# What may differ between the ranks of a run: how each of them reaches a hub.
+_OF_A_RANK = frozenset({"token", "cache_dir"})
+
+
+def shared_facts(recipe: Recipe, numerics: Numerics) -> dict[str, Any]:
+    """What all ranks of a run must have alike, by name; text that is given as data is the first rank's to know."""
+    settings = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in _OF_A_RANK}
+    if not isinstance(settings["dataset"], str):
+        del settings["dataset"]
+    return settings | {f"numerics.{name}": value for name, value in dataclasses.asdict(numerics).items()} | _versions()
+
+
 def manifest_of(
     recipe: Recipe,
     plan: Plan,
@@ -52,10 +64,10 @@ def manifest_of(
         "plan": {path: dataclasses.asdict(spec) for path, spec in plan.specs.items()},
         "source_sha256": digest((name, source.read(name)) for name in sorted(source.names())),
         "calibration_sha256": digest(iter(()) if calibration is None else calibration.tensors()),
-        "versions": {
-            "autoround": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": _versions(),
         "numerics": dataclasses.asdict(numerics),
     }
+
+
+def _versions() -> dict[str, str]:
+    return {"autoround": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -24,6 +24,7 @@ from autoround.model.read import read_block
 from autoround.numerics import divided, ran_out
 from autoround.plan import Plan
 from autoround.progress import BlockDone, Meter
+from autoround.ranks import Ranks, compare
 from autoround.recipe import Recipe
 from autoround.tuner import MOMENT_ROWS, BlockTuner, Tuned
 
@@ -43,6 +44,7 @@ class BlockLoop:
         meter: is told of the work.
         numerics: how to compute; other ones where memory ran out.
         place: where activations lie; another one where memory ran out.
+        ranks: processes that do the same work, and share the rows of it.
     """
 
     recipe: Recipe
@@ -55,6 +57,7 @@ class BlockLoop:
     meter: Meter
     numerics: Numerics
     place: Place
+    ranks: Ranks
 
     def __post_init__(self) -> None:
         self._tuner = self._make_tuner()
@@ -72,6 +75,7 @@ class BlockLoop:
                 tuned = self._tuned(index, None)
             else:
                 tuned = self._tuned(index, Inputs(templates[index], stream, calibration.valid_NT))
+            compare(self.ranks, blocks[index].path, tuned.codes)
             stream = tuned.stream
             if stream is not None and index + 1 < count:
                 self.journal.activations.write(index, stream._asdict())
@@ -81,14 +85,20 @@ class BlockLoop:
         if len(blocks) < count:
             title = self.plan.parts[-1].title
             self.meter.begin(len(blocks), title)
-            self.journal.write_block(len(blocks), self._outside(stream, calibration), {})
+            codes = self._outside(stream, calibration)
+            compare(self.ranks, title, codes)
+            self.journal.write_block(len(blocks), codes, {})
             yield self.meter.end(len(blocks), title, {})
 
     def _make_tuner(self) -> BlockTuner:
         recipe = self.recipe
         tokens = recipe.batch_size * recipe.gradient_accumulate_steps * recipe.seqlen
         return BlockTuner(
-            recipe, self.numerics, self.devices, on_step=lambda done, loss: self.meter.step(done, tokens, loss)
+            recipe,
+            self.numerics,
+            self.devices,
+            on_step=lambda done, loss: self.meter.step(done, tokens, loss),
+            ranks=self.ranks,
         )
 
     def _tuned(self, index: int, inputs: Inputs | None) -> Tuned:
@@ -123,6 +133,11 @@ class BlockLoop:
             ModelError: nothing is left to change.
         """
         path = self.plan.blocks[index].path
+        if self.ranks.size > 1:  # the others know nothing of it
+            raise ModelError(
+                f"{path}: memory ran out on rank {self.ranks.rank} ({cause}); needed more; start again with "
+                "fewer ranks on a machine: finished blocks are kept"
+            )
         if inputs is not None and (finer := divided(self.numerics, self.recipe)):
             change = f"steps in {finer.micro_batches} parts, not {self.numerics.micro_batches}"
             self.numerics = finer
@@ -174,7 +189,20 @@ class BlockLoop:
         )
         if start == 0:
             return captured.templates, self.place.first(self.journal.activations, captured.hidden_NTD)
-        return captured.templates, self.place.again(self.journal.activations, start)
+        return captured.templates, self._kept(start)
+
+    def _kept(self, start: int) -> Stream:
+        """What flows into a block, as the first rank kept it."""
+        slots, first = self.journal.activations, self.ranks.rank == 0
+        stream = self.place.again(slots, start) if first else None
+        heads = self.ranks.tell([(rows.shape, rows.dtype) for rows in stream or ()])
+        if stream is None:
+            empty = self.place.empty(slots, start - 1)
+            stream = Stream(
+                *(empty(name, *head, self.place.home) for name, head in zip(Stream._fields, heads, strict=True))
+            )
+        self.ranks.share([0] * len(heads), stream)
+        return stream
 
 
 def _stats(losses_K: Tensor) -> dict[str, float]:

@@ -31,7 +31,8 @@ def choose_numerics(
         recipe: the settings.
         plan: the fate of every layer.
         backend: of the devices.
-        devices: how many there are; the micro-batches of a step are shared out evenly among them.
+        devices: how many there are, or parts that processes can share; the micro-batches of a step are shared out
+            evenly among them.
         recorded: names of choices that are made already -> their values, the attention among them.
     """
     rows = recipe.batch_size * recipe.gradient_accumulate_steps

@@ -3,7 +3,6 @@
 Everything numeric happens in ``autoround.func``; here its functions meet devices, batches and the recipe.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -11,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from autoround import func
 from autoround.activations import Inputs, Stream
@@ -21,7 +19,8 @@ from autoround.coverage import STARVED_TOKENS
 from autoround.errors import AutoRoundError
 from autoround.func import init
 from autoround.func.experts import also_in_turn, restore
-from autoround.model.capture import CallTemplate
+from autoround.passes import Passes, bound, replicas
+from autoround.ranks import ALONE, Ranks, owners_by_size, summed
 from autoround.recipe import Recipe
 from autoround.schedule import batch_rows, make_optimizer
 
@@ -56,6 +55,7 @@ class BlockTuner:
         devices: where blocks run; rows may live elsewhere. Of several, each computes its share of the rows, and the
             first one does the rest.
         on_step: called with (steps done, loss reader) after every step.
+        ranks: processes that tune the same blocks, each with one device, and share the rows.
     """
 
     def __init__(
@@ -65,9 +65,11 @@ class BlockTuner:
         devices: Sequence[torch.device],
         *,
         on_step: Callable[[int, Callable[[], float]], None],
+        ranks: Ranks = ALONE,
     ) -> None:
         self._recipe, self._numerics, self._devices, self._on_step = recipe, numerics, devices, on_step
-        self._dtype = numerics.torch_dtype
+        self._dtype, self._ranks = numerics.torch_dtype, ranks
+        self._passes = Passes(batch_size=recipe.batch_size, devices=devices, ranks=ranks)
         self._compiled: dict[Any, Any] = {}
 
     def tune(
@@ -99,7 +101,7 @@ class BlockTuner:
         target_NTD = torch.empty(0)
         if self._recipe.iters:
             room = partial(inputs.empty, "float_NTD")
-            target_NTD = self._forward(block_fn, float_tensors, inputs.template, inputs.stream.float_NTD, room)
+            target_NTD = self._passes.outputs(block_fn, float_tensors, inputs.template, inputs.stream.float_NTD, room)
         observed = self._observe(block_fn, float_tensors, specs, inputs)
         tokens, trained_fn, aim_NTD = observed.tokens, block_fn, target_NTD
         if self._recipe.starved_experts == "route_all" and (starved := _starved(tokens)):
@@ -109,7 +111,8 @@ class BlockTuner:
             observed = self._observe(trained_fn, float_tensors, specs, inputs)
             if self._recipe.iters:
                 room = partial(inputs.empty, "aim_NTD")
-                aim_NTD = self._forward(trained_fn, float_tensors, inputs.template, inputs.stream.float_NTD, room)
+                x_NTD = inputs.stream.float_NTD
+                aim_NTD = self._passes.outputs(trained_fn, float_tensors, inputs.template, x_NTD, room)
         start = self._start(weights, observed.moments, specs)
         tuned = func.compensate(weights.tuned, start, observed.hessians, specs)
         weights, params = weights._replace(tuned=fusion.merge(tuned)), fusion.merge(start)
@@ -122,7 +125,7 @@ class BlockTuner:
         rounded = {f"{path}.weight": func.dequantize(own, specs[path]).to(self._dtype) for path, own in codes.items()}
         quantized = {**weights.frozen, **rounded}
         room = partial(inputs.empty, "quantized_NTD")
-        quantized_NTD = self._forward(block_fn, quantized, inputs.template, inputs.stream.quantized_NTD, room)
+        quantized_NTD = self._passes.outputs(block_fn, quantized, inputs.template, inputs.stream.quantized_NTD, room)
         return Tuned(codes, result.losses_K, Stream(target_NTD, quantized_NTD), tokens)
 
     def quantize_layer(
@@ -151,28 +154,6 @@ class BlockTuner:
             parts.append(_quantize(weights.tuned, params, specs)[path])
         return type(parts[0])(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
-    def _forward(
-        self,
-        block_fn: func.BlockFn,
-        tensors: Mapping[str, Tensor],
-        template: CallTemplate,
-        x_NTD: Tensor,
-        room: Callable[[Sequence[int], torch.dtype, torch.device], Tensor],
-    ) -> Tensor:
-        """The block's outputs for all rows, where the rows live, in the dtype that the block returns."""
-        y_NTD, replicas = torch.empty(0), _replicas(tensors, self._devices)
-        with torch.no_grad():
-            for rows_B, device in zip(
-                torch.arange(len(x_NTD)).split(self._recipe.batch_size), itertools.cycle(self._devices), strict=False
-            ):
-                y_BTD = block_fn(replicas[device], self._call(template, x_NTD, rows_B, device))
-                y_NTD = y_NTD if len(y_NTD) else room((len(x_NTD), *y_BTD.shape[1:]), y_BTD.dtype, x_NTD.device)
-                y_NTD[rows_B] = y_BTD.to(y_NTD.device)
-        return y_NTD
-
-    def _call(self, template: CallTemplate, x_NTD: Tensor, rows_B: Tensor, device: torch.device) -> func.Call:
-        return template.bind(x_NTD[rows_B].to(device), rows_B)
-
     def _observe(
         self,
         block_fn: func.BlockFn,
@@ -180,22 +161,26 @@ class BlockTuner:
         specs: Mapping[str, func.WeightSpec],
         inputs: Inputs,
     ) -> init.Observed:
-        """What the block's layers are given, as far as anybody asks."""
+        """What the block's layers are given, as far as the recipe asks."""
         stacked = any(f"{path}.weight" in block_fn.stacks for path in specs)
-        x_NTD, valid_NT, home = inputs.stream.quantized_NTD, inputs.valid_NT, self._devices[0]
-        rows = torch.arange(observed_rows(self._recipe, len(x_NTD), stacked=stacked)).split(self._recipe.batch_size)
-        if not len(rows[0]):
-            return init.Observed({}, {}, {})
-        calls = ((self._call(inputs.template, x_NTD, rows_B, home), valid_NT[rows_B].to(home)) for rows_B in rows)
-        return init.observe_inputs(block_fn, tensors, calls, specs, hessians=self._recipe.compensates)
+        rows = observed_rows(self._recipe, len(inputs.valid_NT), stacked=stacked)
+        return self._passes.observe(block_fn, tensors, specs, inputs, rows=rows, hessians=self._recipe.compensates)
 
     def _start(
         self, weights: func.BlockWeights, moments: Mapping[str, Tensor], specs: Mapping[str, func.WeightSpec]
     ) -> func.Params:
-        """Parameters before the first step."""
+        """Parameters before the first step; ranks search some layers each."""
         if not self._recipe.searches_clips:
             return func.init_params(weights.tuned)
-        return init.search_params(weights, moments, specs, errors=self._errors)
+        owner = owners_by_size({path: own.weight_OGS.numel() for path, own in weights.tuned.items()}, self._ranks.size)
+        mine = {path: own for path, own in weights.tuned.items() if owner[path] == self._ranks.rank}
+        found = init.search_params(weights._replace(tuned=mine), moments, specs, errors=self._errors)
+        others = {path: own for path, own in weights.tuned.items() if path not in mine}
+        found |= func.init_params(others)
+        start = {path: found[path] for path in weights.tuned}
+        clips = [(owner[path], clip) for path, (_, *ends) in start.items() for clip in ends]
+        self._ranks.share([each for each, _ in clips], [clip for _, clip in clips])
+        return start
 
     def _errors(
         self, weight_NS: Tensor, scale_CN: Tensor, shift_CN: Tensor, moment_NS: Tensor, spec: func.WeightSpec
@@ -248,8 +233,9 @@ class BlockTuner:
             make = partial(func.make_gradient, fusion.lift(block_fn), fusion.specs, dtype=self._dtype)
             gradients = [self._once(("gradient", device, *key), make) for device in places]
             update = self._once(("update", *key), partial(func.make_update, self._optimizer(fusion), fusion.specs))
-            step, replicas = func.accumulate(gradients, update), _replicas(weights, places)
-            own = [replicas[device] for device in places]
+            copies = replicas(weights, places)
+            step = func.accumulate(gradients, update, total=partial(summed, self._ranks))
+            own = [copies[device] for device in places]
         return func.tune_block(step, own, state, rows, on_step=lambda done, loss: self._on_step(done, loss.item))
 
     def _key(self, block_fn: func.BlockFn, fusion: func.Fusion) -> tuple[Any, ...]:
@@ -284,7 +270,7 @@ class BlockTuner:
         recipe = self._recipe
 
         def batch(rows_B: Tensor, device: torch.device) -> func.Batch:
-            call = self._call(inputs.template, inputs.stream.quantized_NTD, rows_B, device)
+            call = bound(inputs.template, inputs.stream.quantized_NTD, rows_B, device)
             return func.Batch(call, target_NTD[rows_B].to(device), inputs.valid_NT[rows_B].to(device))
 
         size = recipe.batch_size * recipe.gradient_accumulate_steps
@@ -329,11 +315,6 @@ def _starved(tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Module of experts -> bool (E,), its starved ones, of modules that have some."""
     starved = {module: own_E < STARVED_TOKENS for module, own_E in tokens.items()}
     return {module: own_E for module, own_E in starved.items() if own_E.any()}
-
-
-def _replicas(tree: Any, devices: Sequence[torch.device]) -> dict[torch.device, Any]:
-    """A tree of tensors on each device; where it is already, it is not copied."""
-    return {device: tree_map(lambda leaf, own=device: leaf.to(own), tree) for device in dict.fromkeys(devices)}
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

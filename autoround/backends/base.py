@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from autoround.errors import UsageError
+from autoround.launch import Launch
 
 # Token-steps from which on compiling is taken to pay on an accelerator.
 ACCELERATOR_TOKEN_STEPS = 10_000_000
@@ -134,6 +135,29 @@ def select_all(device_map: str) -> tuple[Backend, tuple[torch.device, ...]]:
             f"{_accelerators()}; use {'one of them, or auto' if accelerator else 'cpu'}"
         )
     return backend, tuple(torch.device(kind) if index is None else torch.device(kind, index) for kind, index in found)
+
+
+def of_rank(backend: Backend, devices: tuple[torch.device, ...], launch: Launch | None) -> tuple[torch.device, ...]:
+    """The devices of one process: all that were chosen; or where torchrun started it, one of those of its machine.
+
+    Args:
+        backend: of the devices.
+        devices: from ``select_all``; one without a number stands for all of its kind.
+        launch: the place of the process; None where it is alone.
+
+    Raises:
+        UsageError: the machine runs more processes than it has devices for.
+    """
+    if launch is None or backend.name == "cpu":
+        return devices
+    if devices[0].index is None:
+        devices = tuple(torch.device(backend.name, index) for index in range(backend.count()))
+    if launch.local_size > len(devices):
+        raise UsageError(
+            f"torchrun: found {launch.local_size} processes on a machine and {len(devices)} devices for them; needed a "
+            "device for each; lower --nproc-per-node, or name more with --device_map"
+        )
+    return (devices[launch.local_rank],)
 
 
 def _parse(part: str, accelerator: str, device_map: str) -> tuple[str, int | None]:

@@ -1,5 +1,6 @@
 """``auto-round`` itself and its recipes: words to a recipe, the run, the folders it wrote."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from autoround.data.language import parse_specs
 from autoround.errors import UsageError
 from autoround.evaluate.settings import Evaluation
 from autoround.intel.adopt import adopt, take
+from autoround.launch import follows
+from autoround.log import LOGGER
 from autoround.options import given, option, settings_of
 from autoround.plan import Plan, check_head
 from autoround.progress import BlockDone, Progress
@@ -168,6 +171,8 @@ def check(recipe: Recipe) -> None:
 def run(command: Command, quantize: Quantize | None = None, foretell: Foretell | None = None) -> str:
     """Do it, with progress on stderr; the plan, or the folders written, one a line.
 
+    Of the processes that torchrun starts, the first one alone evaluates and tells.
+
     Args:
         command: what to do.
         quantize: the engine to use; the package's own when not given.
@@ -179,6 +184,8 @@ def run(command: Command, quantize: Quantize | None = None, foretell: Foretell |
     """
     recipe, evaluation, quiet = command.recipe, command.evaluation, command.quiet
     check(recipe)
+    if follows(os.environ):
+        return _follow(command, quantize, foretell)
 
     with session([name for name in SWITCHES if getattr(command, name)], recipe.model) as screen:
         told = None if quiet else screen.update
@@ -194,6 +201,21 @@ def run(command: Command, quantize: Quantize | None = None, foretell: Foretell |
         if prepared is None:
             return "\n".join(map(str, folders))
         return evaluate.evaluate_run(folders, prepared, recipe, screen, quiet=quiet)
+
+
+def _follow(command: Command, quantize: Quantize | None, foretell: Foretell | None) -> str:
+    """This process's share of a run that another one tells of."""
+    recipe = command.recipe
+    with session([*(name for name in SWITCHES if getattr(command, name)), "quiet"], recipe.model):
+        LOGGER.setLevel("ERROR")  # the first process warns
+        if command.evaluation.wanted and not command.quantizes and evaluate.is_quantized(recipe):
+            return ""
+        if command.dry_run:
+            foretold(recipe, probe=False, json=command.log_json, foretell=foretell)
+            return ""
+        for each in (quantize or _engine())(recipe.model, recipe):
+            each.export()
+    return ""
 
 
 def _engine() -> Quantize:

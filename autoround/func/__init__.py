@@ -37,6 +37,8 @@ from autoround.func.step import make_gradient as make_gradient
 from autoround.func.step import make_step as make_step
 from autoround.func.step import make_update as make_update
 from autoround.func.step import mse as mse
+from autoround.func.step import owned_spans as owned_spans
+from autoround.func.step import sum_in_pairs as sum_in_pairs
 from autoround.func.tune import TuneResult as TuneResult
 from autoround.func.tune import tune_block as tune_block
 from autoround.func.types import AsymBlockCodes as AsymBlockCodes

@@ -1,6 +1,7 @@
 """One tuning step as a pure function: gradient, update, projection (SignRound, arXiv 2309.05516, section 3.2)."""
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +19,10 @@ Projection: TypeAlias = Callable[[Params, Specs], Params]
 Gradient: TypeAlias = Callable[[BlockWeights, Params, Batch], tuple[Params, Tensor]]
 Update: TypeAlias = Callable[[TuneState, Params, Tensor], TuneState]
 Step: TypeAlias = Callable[[BlockWeights, TuneState, Batch], tuple[TuneState, Tensor]]
+Span: TypeAlias = tuple[int, int]
+Total: TypeAlias = Callable[[Callable[[int], tuple[Params, Tensor]], int, tuple[Params, Tensor]], tuple[Params, Tensor]]
+
+_NOTHING: Mapping[Span, Any] = MappingProxyType({})
 
 
 def mse(output_BTD: Tensor, target_BTD: Tensor, valid_BT: Tensor) -> Tensor:
@@ -198,7 +203,7 @@ def make_step(
 
 
 def accumulate(
-    gradients: Sequence[Gradient], update: Update
+    gradients: Sequence[Gradient], update: Update, *, total: Total | None = None
 ) -> Callable[[Sequence[BlockWeights], TuneState, Sequence[Batch]], tuple[TuneState, Tensor]]:
     """A step over several micro-batches, weighted by their valid tokens, on one device or several.
 
@@ -208,6 +213,8 @@ def accumulate(
     Args:
         gradients: for each micro-batch, from ``make_gradient``, compiled or not.
         update: from ``make_update``, compiled or not; runs on the device of the state.
+        total: (part, how many parts, a tree like each part) -> ``sum_in_pairs`` of them all, for processes that compute
+            some of them each; this one computes all when not given.
 
     Returns:
         (weights of each micro-batch, on its device; state; micro-batches) -> (state, loss).
@@ -230,30 +237,64 @@ def accumulate(
     def step(replicas: Sequence[BlockWeights], state: TuneState, batches: Sequence[Batch]) -> tuple[TuneState, Tensor]:
         home = state.step.device
         counts = [batch.valid_BT.sum().to(home) for batch in batches]
-        total = torch.stack(counts).sum()
+        valid = torch.stack(counts).sum()
         params = {batch.valid_BT.device: _moved(state.params, batch.valid_BT.device) for batch in batches}
 
         def part(index: int) -> tuple[Params, Tensor]:
             batch, device = batches[index], batches[index].valid_BT.device
-            share = (counts[index] / total).to(device)
+            share = (counts[index] / valid).to(device)
             found: tuple[Params, Tensor] = tree_map(
                 lambda leaf: leaf * share, gradients[index](replicas[index], params[device], batch)
             )
             return found
 
-        grads, value = _moved(_sum_in_pairs(part, 0, len(batches)), home)
+        like = (state.params, state.best_loss)
+        found = sum_in_pairs(part, 0, len(batches)) if total is None else total(part, len(batches), like)
+        grads, value = _moved(found, home)
         return update(state, grads, value), value
 
     return step
 
 
-def _sum_in_pairs(part: Callable[[int], Any], first: int, last: int) -> Any:
-    """The parts from ``first`` to before ``last``, halves added to halves, on the device of the first one."""
+def sum_in_pairs(part: Callable[[int], Any], first: int, last: int, known: Mapping[Span, Any] = _NOTHING) -> Any:
+    """The sum of trees of tensors, halves added to halves, on the device of the first one.
+
+    Args:
+        part: index -> tree.
+        first: of the parts.
+        last: the one after the last.
+        known: (first, last) -> their sum, where that is known already; such parts are not asked for.
+
+    >>> parts = [torch.tensor(float(index)) for index in range(4)]
+    >>> sum_in_pairs(parts.__getitem__, 0, 4), sum_in_pairs(parts.__getitem__, 0, 4, {(2, 4): torch.tensor(7.0)})
+    (tensor(6.), tensor(8.))
+    """
+    if (first, last) in known:
+        return known[first, last]
     if last - first == 1:
         return part(first)
     middle = (first + last + 1) // 2
-    left, right = _sum_in_pairs(part, first, middle), _sum_in_pairs(part, middle, last)
+    left, right = sum_in_pairs(part, first, middle, known), sum_in_pairs(part, middle, last, known)
     return tree_map(lambda mine, other: mine + other.to(mine.device), left, right)
+
+
+def owned_spans(owners: Sequence[int]) -> dict[Span, int]:
+    """The largest sums within ``sum_in_pairs`` that one owner can compute alone: (first, last) -> owner.
+
+    Args:
+        owners: of each part.
+
+    >>> owned_spans([0, 0, 1, 1]), owned_spans([0, 0, 0, 1])
+    ({(0, 2): 0, (2, 4): 1}, {(0, 2): 0, (2, 3): 0, (3, 4): 1})
+    """
+
+    def within(first: int, last: int) -> dict[Span, int]:
+        if len(set(owners[first:last])) == 1:
+            return {(first, last): owners[first]}
+        middle = (first + last + 1) // 2
+        return within(first, middle) | within(middle, last)
+
+    return within(0, len(owners))
 
 
 def _moved(tree: Any, device: torch.device) -> Any:

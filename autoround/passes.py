@@ -1,0 +1,98 @@
+"""Passes of a block over all rows, without gradients: what it returns, and what its layers are given."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from autoround import func
+from autoround.activations import Inputs
+from autoround.func import init
+from autoround.model.calls import CallTemplate
+from autoround.ranks import Ranks, owners
+
+Room = Callable[[Sequence[int], torch.dtype, torch.device], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passes:
+    """How rows pass through blocks.
+
+    Attributes:
+        batch_size: rows at a time.
+        devices: where blocks run; several take turns.
+        ranks: processes that share the rows.
+    """
+
+    batch_size: int
+    devices: Sequence[torch.device]
+    ranks: Ranks
+
+    def outputs(
+        self, block_fn: func.BlockFn, tensors: Mapping[str, Tensor], template: CallTemplate, x_NTD: Tensor, room: Room
+    ) -> Tensor:
+        """The block's outputs for all rows, where the rows live, in the dtype that the block returns.
+
+        Ranks compute whole batches, so that what flows in with a row does not depend on their number.
+
+        Args:
+            block_fn: the lifted block.
+            tensors: all its tensors, on the first device.
+            template: how it is called.
+            x_NTD: the rows that flow in.
+            room: makes the tensor for what flows out.
+        """
+        y_NTD, copies = torch.empty(0), replicas(tensors, self.devices)
+        batches = torch.arange(len(x_NTD)).split(self.batch_size)
+        shared = self.ranks.size if len(batches) >= self.ranks.size else 1  # else each computes all
+        owned = owners(len(batches), shared)
+        mine = [rows_B for rows_B, owner in zip(batches, owned, strict=True) if owner == self.ranks.rank or shared == 1]
+        with torch.no_grad():
+            for rows_B, device in zip(mine, itertools.cycle(self.devices), strict=False):
+                y_BTD = block_fn(copies[device], bound(template, x_NTD, rows_B, device))
+                y_NTD = y_NTD if len(y_NTD) else room((len(x_NTD), *y_BTD.shape[1:]), y_BTD.dtype, x_NTD.device)
+                y_NTD[rows_B] = y_BTD.to(y_NTD.device)
+        if shared > 1:
+            self.ranks.share(owned, y_NTD.split(self.batch_size))
+        return y_NTD
+
+    def observe(
+        self,
+        block_fn: func.BlockFn,
+        tensors: Mapping[str, Tensor],
+        specs: Mapping[str, func.WeightSpec],
+        inputs: Inputs,
+        *,
+        rows: int,
+        hessians: bool,
+    ) -> init.Observed:
+        """What the block's layers are given, as far as anybody asks; every rank sees all rows, in the same order.
+
+        Args:
+            block_fn: the lifted block.
+            tensors: all its tensors, on the first device.
+            specs: of the layers to observe.
+            inputs: what flows in.
+            rows: how many of them, from the first on.
+            hessians: whether their Hessians are asked for.
+        """
+        if not rows:
+            return init.Observed({}, {}, {})
+        x_NTD, valid_NT, home = inputs.stream.quantized_NTD, inputs.valid_NT, self.devices[0]
+        batches = torch.arange(rows).split(self.batch_size)
+        calls = ((bound(inputs.template, x_NTD, rows_B, home), valid_NT[rows_B].to(home)) for rows_B in batches)
+        return init.observe_inputs(block_fn, tensors, calls, specs, hessians=hessians)
+
+
+def bound(template: CallTemplate, x_NTD: Tensor, rows_B: Tensor, device: torch.device) -> func.Call:
+    """The call of a block for some rows, on a device."""
+    return template.bind(x_NTD[rows_B].to(device), rows_B)
+
+
+def replicas(tree: Any, devices: Sequence[torch.device]) -> dict[torch.device, Any]:
+    """A tree of tensors on each device; where it is already, it is not copied."""
+    return {device: tree_map(lambda leaf, own=device: leaf.to(own), tree) for device in dict.fromkeys(devices)}
