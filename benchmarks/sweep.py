@@ -70,7 +70,7 @@ def groups(bits: int) -> dict[str, list[Variant]]:
         "start": _variants(bits, iters=(0,), clip_search=both, compensate=both),
         "steps": _variants(bits, iters=(25, 50, 100, 200)),
         "light": _variants(bits, iters=(15, 50), compensate=both, lr=(0.005,)),
-        "rate": _variants(bits, iters=(25,), compensate=both, lr=(0.0025, 0.005, 0.01, 0.02)),
+        "rate": _variants(bits, iters=(25,), lr=(0.0025, 0.005, 0.01, 0.02, 0.04)),
         "rate200": _variants(bits, iters=(200,), compensate=both, lr=(0.0025, 0.005, 0.01)),
         "clips": _variants(bits, iters=(25,), minmax_lr=(0.01, 0.02, 0.08)),
         "momentum": _variants(bits, iters=(25,), momentum=(0.5, 0.9), lr=(0.02, 0.04)),
