@@ -214,6 +214,8 @@ def _follow(command: Command, quantize: Quantize | None, foretell: Foretell | No
             foretold(recipe, probe=False, json=command.log_json, foretell=foretell)
             return ""
         for each in (quantize or _engine())(recipe.model, recipe):
+            for _ in each:  # the same calls in the same order as in ``_finish``
+                pass
             each.export()
     return ""
 
