@@ -1,4 +1,4 @@
-"""What a command that does work sets up first: whether hubs are asked, and what stderr shows."""
+"""What a command that does work sets up first: whether hubs are asked, what stderr shows, and what oneDNN keeps."""
 
 import logging
 import os
@@ -13,6 +13,10 @@ from autoround.progress import Progress
 if TYPE_CHECKING:
     from autoround.cli.display import Display
 
+# oneDNN, and torch beside it, keep what they made for each of the last 1024 shapes that were multiplied; experts are
+# given another number of tokens in every step, so that this would be hundreds of megabytes. Other blocks have fewer
+# shapes than this.
+CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 _REQUESTS = logging.getLogger("huggingface_hub.utils._http")
 
 
@@ -26,6 +30,8 @@ def session(switches: Collection[str], loading: str = "") -> Iterator["Display"]
     """
     if "offline" in switches:
         os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's libraries read it once, when they are imported
+    for name, value in CACHES.items():
+        os.environ.setdefault(name, value)  # read once, at the first product
     from autoround.cli.display import display
 
     debug = "debug" in switches

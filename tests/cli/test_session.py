@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from autoround.cli.commands import SUBCOMMANDS, find
 from autoround.cli.quantize import grammar
-from autoround.cli.session import session
+from autoround.cli.session import CACHES, session
 from tests.fakehub import FakeHub
 from tests.model.tiny import make
 
@@ -73,3 +74,30 @@ def test_only_long_waits_are_told_unless_debugging(
     assert len(caplog.messages) == told
     REQUESTS.warning("after")
     assert caplog.messages[-1] == "after"
+
+
+MULTIPLY = """
+import sys
+from autoround.cli.session import session
+with session(sys.argv[1:]):
+    import psutil, torch
+    torch.set_num_threads(1)
+    process, weight_IO = psutil.Process(), torch.ones(256, 256, dtype=torch.bfloat16)
+    torch.ones(99, 256, dtype=torch.bfloat16) @ weight_IO
+    before = process.memory_info().rss
+    for rows in range(100, 300):
+        torch.ones(rows, 256, dtype=torch.bfloat16) @ weight_IO
+    print(process.memory_info().rss - before)
+"""
+
+
+@pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx512_bf16"), reason="needs products by oneDNN")
+def test_products_of_many_shapes_are_not_kept() -> None:
+    """As experts have them; variables that are set already stay."""
+    taken = []
+    for variables in ({}, dict.fromkeys(CACHES, "1024")):
+        environment = {key: value for key, value in os.environ.items() if key not in CACHES} | variables
+        words = [sys.executable, "-c", MULTIPLY, "quiet"]
+        done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+        taken.append(int(done.stdout))
+    assert taken[0] < 0.6 * taken[1]
