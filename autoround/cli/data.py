@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from autoround.cli.display import Display
     from autoround.model.sample import Sampler
+    from autoround.model.unopened import Unopened
 
 SETTINGS = (
     "model",
@@ -73,11 +74,12 @@ def run(values: Mapping[str, Any]) -> str:
     with session(values, recipe.model) as screen:
         from autoround.data.explain import explain
 
-        writer = _writer(recipe, screen, quiet="quiet" in values) if writes else None
+        tokenizer = _tokenizer(recipe)
+        writer = _writer(recipe, screen, quiet="quiet" in values) if writes else _unopened(recipe, tokenizer)
         return str(
             explain(
                 recipe.dataset,
-                _tokenizer(recipe),
+                tokenizer,
                 nsamples=recipe.nsamples,
                 seqlen=recipe.seqlen,
                 seed=recipe.seed,
@@ -92,6 +94,20 @@ def _tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
 
     return open_tokenizer(
         recipe.model,
+        revision=recipe.revision,
+        cache_dir=recipe.cache_dir,
+        token=recipe.token,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
+def _unopened(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> "Unopened":
+    """The model, for its processor where there are images."""
+    from autoround.model.unopened import Unopened
+
+    return Unopened(
+        recipe.model,
+        tokenizer,
         revision=recipe.revision,
         cache_dir=recipe.cache_dir,
         token=recipe.token,

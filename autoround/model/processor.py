@@ -9,6 +9,7 @@ from transformers.utils import is_torchvision_available
 
 from autoround.errors import ModelError
 
+BLIND = "found rows with images; needed a model that sees them; leave the images out, or name a column of text"
 _VIDEO = "video_processor"
 
 

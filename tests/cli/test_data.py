@@ -10,9 +10,10 @@ import pytest
 
 from autoround.cli import data
 from autoround.cli.main import main
-from autoround.errors import UsageError
+from autoround.errors import AutoRoundError, UsageError
 from tests.data.words import make_tokenizer, words, write_records
 from tests.fakehub import FakeHub
+from tests.model.processors import save, write_rows
 from tests.model.tiny import make
 from tests.refusals import refused
 
@@ -43,6 +44,19 @@ def test_a_file_and_text_of_the_model(model: str, tmp_path: Path, capsys: pytest
     assert capsys.readouterr().err.splitlines()[-1] == "writing text: 64 of 64 tokens"
     assert explained(*typed, "--quiet") == told
     assert capsys.readouterr().err == ""
+
+
+def test_rows_with_images_are_counted_without_weights(model: str, tmp_path: Path) -> None:
+    save("qwen2_vl", tmp_path)
+    file = write_rows(tmp_path, (2, 1, 0, 1))
+    (tmp_path / "model.safetensors").unlink()
+    typed = [str(file), "--nsamples", "4", "--seqlen", "64", "--quiet", "--model"]
+    told = explained(*typed, str(tmp_path))
+    assert "  made     4 of 4 rows, " in told
+    assert " tokens, 4 images\n" in told
+    assert "<|image_pad|>" in told
+    with pytest.raises(AutoRoundError, match="found rows with images; needed a model that sees them"):
+        explained(*typed, model)
 
 
 def test_through_the_command(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

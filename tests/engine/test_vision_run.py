@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoTokenizer
 
 import autoround
@@ -74,6 +75,26 @@ def test_image_tokens_count_and_padding_does_not(tmp_path: Path) -> None:
     assert not bool(rows.valid_NT.all())
     ends = rows.valid_NT.sum(1)
     assert all(bool((~row[end:]).all()) for row, end in zip(rows.valid_NT, ends.tolist(), strict=True))
+
+
+def test_images_in_columns_make_the_rows_that_files_make(tmp_path: Path) -> None:
+    """As datasets of the hub have them: bytes, and what pillow made of them."""
+    save("qwen2_vl", tmp_path)
+    file = write_rows(tmp_path, COUNTS)
+    opened, records = open_model(tmp_path), [json.loads(line) for line in file.read_text().splitlines()]
+    for row, record in enumerate(records):
+        parts = record["messages"][0]["content"]
+        files = [tmp_path / part.pop("path") for part in parts if part["type"] == "image"]
+        record["images"] = [Image.open(each) if row == 1 else {"bytes": each.read_bytes()} for each in files]
+    writer, expected = Sampler(opened), _rows(tmp_path, file)
+    found = load_calibration(
+        records, opened.tokenizer(), nsamples=4, seqlen=TOKENS, batch_size=4, seed=0, writer=writer
+    )
+    assert torch.equal(found.tokens_NT, expected.tokens_NT)
+    for row in torch.arange(4).split(1):
+        own, other = Media(found.extras).take(row), expected.media.take(row)
+        assert own.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in own.items())
 
 
 def test_text_alone_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
