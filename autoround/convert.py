@@ -39,8 +39,9 @@ class PackedSource:
         taken = {f"{layer}.{kind}" for layer, kinds in self._packed.items() for kind in kinds}
         floats = [key for key in self._heads if key not in taken]
         weights = [f"{layer}.weight" for layer in self._packed]
-        single, self._stacked, self._extra = match_names(skeleton, [*floats, *weights], self._where)
-        self._keys = {**single, **{name: pieces[0][0] for name, pieces in self._stacked.items()}}
+        found = match_names(skeleton, [*floats, *weights], self._where)
+        self._stacked, self._extra = found.stacked, found.extra
+        self._keys = {**found.single, **{name: pieces[0][0] for name, pieces in self._stacked.items()}}
         self._names = tuple(name for name, key in self._keys.items() if key in self._heads)
         self._keys |= {key: key for key in self._extra}
         # Path of a packed layer -> names of its matrices in the checkpoint: one, or those of a stack of experts.

@@ -22,13 +22,15 @@ def find_blocks(skeleton: PreTrainedModel) -> tuple[str, ...]:
     """Paths of the transformer blocks: the items of the decoder's outermost module lists, in definition order.
 
     Where what transformers takes for the decoder has none, those of the whole model are meant. Lists of plain layers,
-    such as adapters, are not blocks. ``capture`` checks that the order is that of the calls.
+    such as adapters, are not blocks, nor are those of towers inside the decoder. ``capture`` checks that the order is
+    that of the calls.
 
     Raises:
         ModelError: there are none.
     """
-    prefix = _decoder_path(skeleton)
+    prefix, towers = _decoder_path(skeleton), _towers(skeleton)
     lists = _lists(skeleton.get_submodule(prefix), prefix) or _lists(skeleton, "")
+    lists = [path for path in lists if not path.startswith(towers)]
     blocks = tuple(f"{path}.{index}" for path in lists for index in range(len(skeleton.get_submodule(path))))
     if not blocks:
         raise ModelError(
@@ -51,7 +53,8 @@ def structure(skeleton: PreTrainedModel) -> Structure:
     fixed = {path: _READ_ITSELF for path in read_directly(skeleton)}
     text, head = f"{_decoder_path(skeleton)}.", skeleton.get_output_embeddings()
     others = {path for path in linear_paths(skeleton) if sees_images(skeleton.config)
-              and not path.startswith(text) and skeleton.get_submodule(path) is not head}  # fmt: skip
+              and (not path.startswith(text) or path.startswith(_towers(skeleton)))
+              and skeleton.get_submodule(path) is not head}  # fmt: skip
     for paths in owners.values():
         shared = [path for path in paths if path.startswith(tuple(f"{block}." for block in blocks))]
         fixed.update((path, _SHARED) for path in shared if len(shared) > 1)
@@ -81,6 +84,18 @@ def embedding(skeleton: PreTrainedModel) -> LayerShape:
 def _decoder_path(skeleton: PreTrainedModel) -> str:
     decoder = skeleton.get_decoder()
     return next(path for path, module in skeleton.named_modules() if module is decoder)
+
+
+def _towers(skeleton: PreTrainedModel) -> tuple[str, ...]:
+    """Where the models begin that lie inside the decoder of one that sees images, as in Phi-4-multimodal, unless it has
+    no blocks but theirs."""
+    if not sees_images(skeleton.config):
+        return ()
+    prefix = _decoder_path(skeleton)
+    decoder = skeleton.get_submodule(prefix)
+    inside = [path for path, module in decoder.named_modules(prefix=prefix) if isinstance(module, PreTrainedModel)]
+    towers = tuple(f"{path}." for path in inside if path != prefix)
+    return towers if any(not path.startswith(towers) for path in _lists(decoder, prefix)) else ()
 
 
 def _lists(root: nn.Module, prefix: str) -> list[str]:

@@ -22,7 +22,8 @@ from autoround.log import LOGGER
 from autoround.model.gguf import GgufSource, open_gguf, read_config
 from autoround.model.hub import SIDE_FILES, download
 from autoround.model.low_precision import METHODS
-from autoround.model.processor import open_processor
+from autoround.model.oddities import needed_settings
+from autoround.model.processor import BLIND, open_processor
 from autoround.model.remote import remote_headers
 from autoround.model.skeleton import build_skeleton, copy_skeleton, sees_images
 from autoround.model.source import INDEX, Headers, ModuleSource, SafetensorsSource, WeightSource
@@ -88,9 +89,7 @@ class OpenModel:
             ModelError: the model sees no images, or there is no processor that loads.
         """
         if not sees_images(self.config):
-            raise ModelError(
-                f"{self.name}: found rows with images; needed a model that sees them; leave the images out"
-            )
+            raise ModelError(f"{self.name}: {BLIND}")
         if isinstance(self.own_tokenizer, ProcessorMixin):
             return self.own_tokenizer
         if self.folder is None:
@@ -216,7 +215,7 @@ def _open_folder(
 
 
 def folder_config(folder: Path, *, trust_remote_code: bool, quantized: bool = False) -> PreTrainedConfig:
-    """The configuration of a model's folder.
+    """The configuration of a model's folder, with what the table of exceptions says that it has to be.
 
     Args:
         folder: as ``save_pretrained`` writes it.
@@ -256,6 +255,8 @@ def folder_config(folder: Path, *, trust_remote_code: bool, quantized: bool = Fa
             f"{file}: found a configuration that transformers refuses: {cause}; correct the file"
         ) from error
     vars(config).pop("quantization_config", None)
+    for name, value in needed_settings(config.model_type).items():
+        setattr(config, name, value)
     return config
 
 

@@ -11,6 +11,7 @@ from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
     PrefixChange,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     apply_converters,
@@ -41,11 +42,13 @@ class Matched(NamedTuple):
         single: module name -> checkpoint name, of tensors that are stored as the module has them.
         stacked: module name -> checkpoint names of the matrices of a stack of experts.
         extra: checkpoint names of tensors of modules that the model does not have, such as heads for more tokens.
+        turnable: module names of stacks that are stored either as the module has them or with their last axes swapped.
     """
 
     single: dict[str, str]
     stacked: dict[str, Pieces]
     extra: tuple[str, ...] = ()
+    turnable: frozenset[str] = frozenset()
 
 
 def match_names(skeleton: PreTrainedModel, keys: Iterable[str], where: str) -> Matched:
@@ -69,7 +72,7 @@ def match_names(skeleton: PreTrainedModel, keys: Iterable[str], where: str) -> M
     own, prefix = skeleton.state_dict(), skeleton.base_model_prefix
     single: dict[str, str] = {}
     parts: dict[str, dict[str, list[str]]] = {}
-    unknown = []
+    unknown, turnable = [], set()
     for key in keys:
         name, pattern = rename_source_key(key, renamings, converters, prefix, own)
         if name not in own and key in own:
@@ -82,6 +85,10 @@ def match_names(skeleton: PreTrainedModel, keys: Iterable[str], where: str) -> M
             single[name] = key
         else:
             converter = next(each for each in converters if pattern in each.source_patterns)
+            if _may_turn(converter):
+                single[name] = key
+                turnable.add(name)
+                continue
             if not _stacks(converter):
                 raise ModelError(
                     f"{where}: found {key}, which the model merges or splits into {name}; needed one tensor per "
@@ -89,7 +96,7 @@ def match_names(skeleton: PreTrainedModel, keys: Iterable[str], where: str) -> M
                 )
             parts.setdefault(name, {each: [] for each in converter.source_patterns})[pattern].append(key)
     stacked = {name: _pieces(found, len(own[name]), f"{where}: {name}") for name, found in parts.items()}
-    return Matched(single, stacked, _extra(skeleton, unknown, where))
+    return Matched(single, stacked, _extra(skeleton, unknown, where), frozenset(turnable))
 
 
 def written_names(skeleton: PreTrainedModel) -> Matched:
@@ -130,6 +137,12 @@ def _stacks(converter: WeightConverter) -> bool:
              if isinstance(each, MergeModulelist | Concatenate)]  # fmt: skip
     whole = len(kinds) == len(converter.operations)
     return whole and kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+
+
+def _may_turn(converter: WeightConverter) -> bool:
+    """Whether it swaps the last axes of one stack of experts where they do not fit as they are."""
+    kinds = [(each.dim0, each.dim1, each.check_dims) for each in converter.operations if isinstance(each, Transpose)]
+    return kinds == [(1, 2, True)] and len(converter.operations) == len(converter.source_patterns) == 1
 
 
 def _pieces(parts: Mapping[str, Sequence[str]], experts: int, where: str) -> Pieces:

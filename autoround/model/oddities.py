@@ -16,12 +16,14 @@ class Oddity:
         numerics: names of numeric choices -> what they have to be.
         experts: class of modules of experts -> attributes that others have to tell how their stacks lie.
         routers: ends of the paths of layers that choose experts, where they are not beside these.
+        settings: of the configuration -> what they have to be, in the folders that are written too.
         why: the reason, for readers of this table.
     """
 
     numerics: Mapping[str, str] = field(default_factory=dict)
     experts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     routers: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
     why: str
 
 
@@ -31,6 +33,11 @@ ODDITIES: Mapping[str, Oddity] = {
         why="its experts are given tokens sorted by expert, all of them, those not chosen as zeros",
     ),
     "jetmoe": Oddity(routers=("router.layer",), why="its experts are lists of modules that share a router's order"),
+    "rwkv": Oddity(
+        settings={"rescale_every": 0},
+        why="it halves hidden states after every sixth block and divides weights of the later ones in place, against "
+        "overflows of float16: but for epsilons of norms nothing changes, and packed weights cannot be divided",
+    ),
     "xlstm": Oddity(
         numerics={"dtype": "float32"},
         why="its recurrence multiplies its float32 gates by values in the dtype of the weights",
@@ -45,6 +52,15 @@ def needed_numerics(model_type: str) -> Mapping[str, str]:
     ({'dtype': 'float32'}, {})
     """
     return ODDITIES[model_type].numerics if model_type in ODDITIES else {}
+
+
+def needed_settings(model_type: str) -> Mapping[str, Any]:
+    """Settings of a configuration that a model type leaves no choice in; empty for nearly all.
+
+    >>> needed_settings("rwkv"), needed_settings("llama")
+    ({'rescale_every': 0}, {})
+    """
+    return ODDITIES[model_type].settings if model_type in ODDITIES else {}
 
 
 def _gate(module: Any, gate_up_NF: Tensor) -> Tensor:

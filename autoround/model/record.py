@@ -209,10 +209,12 @@ def _load(
 ) -> None:
     """Replace a module's own meta parameters by the stored ones, and that by which a model tells its device.
 
-    A tower is read whole, since some read the weights of their layers themselves.
+    A tower is read whole, since some read the weights of their layers themselves, and so is what is built around one,
+    which may ask a layer for its device.
     """
     del args
-    is_tower = isinstance(module, PreTrainedModel) and not any(isinstance(each, _Recorder) for each in module.modules())
+    models = any(isinstance(each, PreTrainedModel) for each in (module, *module.children()))
+    is_tower = models and not any(isinstance(each, _Recorder) for each in module.modules())
     own = dict(module.named_parameters(recurse=is_tower))
     if isinstance(module, PreTrainedModel):
         own.update([next(module.named_parameters())])

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedConfig,
@@ -35,8 +36,16 @@ def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[Au
 
 
 def sees_images(config: PreTrainedConfig) -> bool:
-    """Whether a model takes images beside text."""
-    return auto_class(config) is AutoModelForImageTextToText
+    """Whether a model takes images beside text.
+
+    >>> from transformers import LlamaConfig, LlavaConfig, Phi4MultimodalConfig
+    >>> sees_images(LlamaConfig()), sees_images(LlavaConfig()), sees_images(Phi4MultimodalConfig())
+    (False, True, True)
+    """
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return auto_class(config) is AutoModelForImageTextToText
+    kind = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None)
+    return kind is not None and "image" in kind.input_modalities
 
 
 def build_skeleton(config: PreTrainedConfig, where: str, *, trust_remote_code: bool = False) -> PreTrainedModel:

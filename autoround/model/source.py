@@ -109,11 +109,14 @@ class SafetensorsSource(StoredNames):
     def __init__(self, folder: Path, skeleton: PreTrainedModel, headers: Headers | None = None) -> None:
         self._files, stored_heads = headers or read_headers(folder)
         self._heads, self._parts = fold(stored_heads, str(folder))
-        single, self._stacked, extra = match_names(skeleton, self._heads, str(folder))
+        found = match_names(skeleton, self._heads, str(folder))
+        self._stacked, self._turned = found.stacked, set[str]()
         firsts = {name: pieces[0][0] for name, pieces in self._stacked.items()}
-        stored = {**single, **firsts}
-        super().__init__(skeleton, stored, str(folder), extra)
+        stored = {**found.single, **firsts}
+        super().__init__(skeleton, stored, str(folder), found.extra)
         for name, tensor in skeleton.state_dict().items():
+            if name in found.turnable and self.shape(name) == tuple(tensor.mT.shape) != tuple(tensor.shape):
+                self._turned.add(name)
             if name in stored and self.shape(name) != tuple(tensor.shape):
                 raise ModelError(
                     f"{self._files.get(stored[name], folder)}: found {stored[name]} of shape {self.shape(name)}; "
@@ -130,7 +133,8 @@ class SafetensorsSource(StoredNames):
     def shape(self, name: str) -> tuple[int, ...]:
         if pieces := self.pieces(name):
             return stack_shape(self._heads, pieces, f"{self._where}: {name}")
-        return tuple(self._heads[self.key(name)].shape)
+        head = self._heads[self.key(name)]
+        return tuple((head.mT if name in self._turned else head).shape)
 
     def dtype(self, name: str) -> torch.dtype:
         return self._heads[self.key(name)].dtype
@@ -138,7 +142,9 @@ class SafetensorsSource(StoredNames):
     def read(self, name: str) -> Tensor:
         key = self.key(name)
         pieces = self.pieces(name)
-        return read_stack(self._read, pieces, self.shape(name)) if pieces else self._read(key)
+        if pieces:
+            return read_stack(self._read, pieces, self.shape(name))
+        return self._read(key).mT.contiguous() if name in self._turned else self._read(key)
 
     def _read(self, key: str) -> Tensor:
         """A tensor by its name in the checkpoint."""

@@ -31,7 +31,8 @@ def _row(model_type: str, count: int, tokens: int, generator: torch.Generator) -
     return row | (_PIXELS.get(model_type, _plain)(count, tokens, generator) if count else {})
 
 
-_TOKENS_OF_IMAGE = dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "gemma3", "mistral3"), 4)
+_QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+_TOKENS_OF_IMAGE = {**dict.fromkeys((*_QWEN, "llava", "gemma3", "mistral3"), 4), "phi4_multimodal": 5}
 
 
 def _plain(count: int, tokens: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -61,9 +62,18 @@ def _tiled(count: int, tokens: int, generator: torch.Generator) -> dict[str, Ten
     }
 
 
+def _whole_and_crop(count: int, tokens: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        "image_pixel_values": torch.randn(count, 2, 3, 16, 16, generator=generator),
+        "image_sizes": torch.tensor([[16, 16]] * count),
+        "image_attention_mask": torch.ones(count, 2, 2, 2),
+    }
+
+
 _PIXELS = {
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _patches),
+    **dict.fromkeys(_QWEN, _patches),
     **dict.fromkeys(("idefics3", "smolvlm"), _masked),
     "mllama": _tiled,
     "mistral3": _sized,
+    "phi4_multimodal": _whole_and_crop,
 }

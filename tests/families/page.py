@@ -31,12 +31,13 @@ logits are those of the model with the codes' weights. Blocks lifted out of the 
 compute what the model computes, block after block; no tensor of a block is read twice; and the first block's outputs
 are closer to the float ones after tuning than after rounding to nearest.
 
-Blocks are found by structure: there is no code for any of these families but a table of three entries, which lets
-xLSTM run in float32, tells how the experts of Llama 4 lie, and names the routers of JetMoE, so that others of the same
-kinds should work as well. *Functions* counts the blocks that compute different things: each of these gets a compiled
-step of its own, equal blocks share one. *Layers* counts those quantized and those kept, with the reasons in the plan
-that `--dry-run` prints. Models of images and text are tuned on rows of two images, one and none, some padded; their
-towers are kept. Embeddings, norms, convolutions and parameters that are no layers are always kept.
+Blocks are found by structure: there is no code for any of these families but a table of four entries, which lets xLSTM
+run in float32, tells how the experts of Llama 4 lie, names the routers of JetMoE, and takes the halving of hidden
+states away from RWKV, so that others of the same kinds should work as well. *Functions* counts the blocks that compute
+different things: each of these gets a compiled step of its own, equal blocks share one. *Layers* counts those quantized
+and those kept, with the reasons in the plan that `--dry-run` prints. Models of images and text are tuned on rows of two
+images, one and none, some padded; their towers are kept. Embeddings, norms, convolutions and parameters that are no
+layers are always kept.
 """
 
 

@@ -82,7 +82,8 @@ def _experts(settings: dict[str, Any], special: str = "", *, refused: str = "") 
 
 
 def _seeing(each: Vision) -> dict[str, Any]:
-    return {"text_config": _WIDE | each.text, "vision_config": each.eye, **each.others}
+    text = _MODERN | each.text if each.flat else {"text_config": _WIDE | each.text}
+    return {**text, "vision_config": each.eye, **each.others}
 
 
 FAMILIES: dict[str, Family] = {

@@ -4,12 +4,14 @@ from typing import Any, NamedTuple
 
 
 class Vision(NamedTuple):
-    """Settings of the language model beyond the usual ones, of the tower, and of the whole; what is special."""
+    """Settings of the language model beyond the usual ones, of the tower, and of the whole; what is special; whether
+    the settings of the language model are those of the whole."""
 
     text: dict[str, Any]
     eye: dict[str, Any]
     others: dict[str, Any]
     special: str
+    flat: bool = False
 
 
 _SLIDING: dict[str, Any] = {
@@ -62,6 +64,13 @@ VISION: dict[str, Vision] = {
         _QWEN_IDS,
         "positions of three axes, image features added between blocks",
     ),
+    "qwen3_vl_moe": Vision(
+        {"rope_parameters": _SECTIONS | {"mrope_interleaved": True}}
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        _QWEN_EYE | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        _QWEN_IDS,
+        "a mixture of experts, positions of three axes, image features added between blocks",
+    ),
     "llava": Vision(
         {"model_type": "llama"},
         _EYE | {"model_type": "clip_vision_model"},
@@ -109,5 +118,23 @@ VISION: dict[str, Vision] = {
         _EYE | {"model_type": "pixtral", "patch_size": 4, "head_dim": 16},
         {"image_token_index": IMAGE, "spatial_merge_size": 2},
         "Mistral, Pixtral's tower",
+    ),
+    "phi4_multimodal": Vision(
+        {},
+        _EYE | {"crop_size": 16, "image_token_id": IMAGE},
+        {
+            "audio_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_blocks": 1,
+                "num_attention_heads": 2,
+                "ext_pw_out_channel": 32,
+                "depthwise_separable_out_channel": 32,
+                "nemo_conv_channels": 8,
+                "audio_token_id": 91,
+            },
+        },
+        "Phi 3, towers for images and sound inside the decoder",
+        flat=True,
     ),
 }
