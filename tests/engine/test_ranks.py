@@ -1,0 +1,204 @@
+"""Processes that torchrun starts: the same codes whatever their number, and what happens where one goes wrong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from autoround import func
+from autoround.backends.base import of_rank
+from autoround.backends.gpu import GpuBackend
+from autoround.engine import quantize
+from autoround.errors import AutoRoundError, UsageError
+from autoround.func.types import IntCodes
+from autoround.journal import read_manifest
+from autoround.launch import Launch, launched
+from autoround.ranks import ALONE, Alone, agree, compare, join, owners, summed
+from tests.engine.small import hashes, make
+
+CHILD = Path(__file__).with_name("ranked.py")
+ROOT = CHILD.parents[2]
+
+
+def start(folder: Path, ranks: int, *orders: tuple[str, str, dict[str, Any]]) -> "subprocess.CompletedProcess[str]":
+    """Have processes do what is ordered; they have ended."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(CHILD)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*words, str(folder), json.dumps(orders)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def told(folder: Path, name: str, ranks: int) -> list[str]:
+    return [(folder / f"{name}.{rank}").read_text() for rank in range(ranks)]
+
+
+@pytest.mark.slow
+def test_one_two_and_four_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every byte is the same, also of a run that lost a process and went on with more of them, or with one."""
+    make("llama").save_pretrained(tmp_path / "source")
+    one = start(tmp_path, 1, ("run", "one", {}))
+    assert one.returncode == 0, one.stderr
+    whole = hashes(tmp_path / "one" / "out")
+    killed = start(tmp_path, 2, ("killed", "killed", {}))
+    assert killed.returncode != 0
+    assert "SIGKILL" in killed.stderr
+    blocks = tmp_path / "killed" / "out.journal" / "blocks"
+    assert [path.name for path in blocks.iterdir()] == ["00000.safetensors"]
+    shutil.copytree(tmp_path / "killed", tmp_path / "alone")
+
+    disk = {"activations": "disk"}
+    orders = [("run", "two", {}), ("apart", "apart", {}), ("astray", "astray", {}), ("command", "command", {})]
+    two = start(tmp_path, 2, *orders, ("run", "disk", disk))
+    assert two.returncode == 0, two.stderr
+    four = start(tmp_path, 4, ("run", "four", {}), ("run", "killed", {}))
+    assert four.returncode == 0, four.stderr
+    assert told(tmp_path, "killed", 4) == ["[True, False]"] * 4
+    for name in ("two", "four", "killed", "disk"):
+        assert hashes(tmp_path / name / "out") == whole, name
+        assert read_manifest(tmp_path / name / "out.journal")["numerics"]["micro_batches"] == 4
+        assert not (tmp_path / name / "out.journal" / "activations").exists()
+
+    monkeypatch.setenv("RANK", "0")
+    from tests.engine.ranked import shared_recipe
+
+    alone = quantize(tmp_path / "source", shared_recipe(tmp_path / "alone"))
+    assert [done.resumed for done in alone] == [True, False]
+    alone.export()
+    assert hashes(tmp_path / "alone" / "out") == whole
+
+    for text in told(tmp_path, "apart", 2):
+        assert text.startswith("UsageError: rank 1: seed: found 1; needed 0")
+    assert not (tmp_path / "apart").exists()
+    for text in told(tmp_path, "astray", 2):
+        assert text.startswith("AutoRoundError: model.layers.1: found other codes on rank 1 than on the others")
+    kept = tmp_path / "astray" / "out.journal" / "blocks"
+    assert [path.name for path in kept.iterdir()] == ["00000.safetensors"]  # not the block that is in doubt
+    assert told(tmp_path, "command", 2) == [f"{tmp_path / 'command' / 'out'}\n", ""]
+
+
+# Sums
+
+
+class Teller(Alone):
+    """One of several ranks, whose tensors the others are given afterwards."""
+
+    def __init__(self, rank: int, size: int, shared: dict[int, Tensor]) -> None:
+        self.rank, self.size, self._shared = rank, size, shared  # type: ignore[misc]
+
+    def share(self, owners: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        for index, (owner, tensor) in enumerate(zip(owners, tensors, strict=True)):
+            if owner == self.rank:
+                self._shared[index] = tensor.clone()
+            elif index in self._shared:
+                tensor.copy_(self._shared[index])
+
+
+@pytest.mark.parametrize("size", range(1, 7))
+@pytest.mark.parametrize("count", range(1, 9))
+def test_a_sum_has_the_same_bits_for_every_number_of_ranks(count: int, size: int) -> None:
+    parts = [{"a": torch.randn(3, 2), "b": torch.randn(())} for _ in range(count)]
+    whole = func.sum_in_pairs(parts.__getitem__, 0, count)
+    shared: dict[int, Tensor] = {}
+    asked: list[list[int]] = [[] for _ in range(size)]
+
+    def sum_of(rank: int) -> Any:
+        asked[rank].clear()
+
+        def part(index: int) -> Any:
+            asked[rank].append(index)
+            return parts[index]
+
+        return summed(Teller(rank, size, shared), part, count, parts[0])
+
+    for rank in range(size):
+        sum_of(rank)  # by the end of it, all have told theirs
+    for rank in range(size):
+        found = sum_of(rank)
+        assert all(torch.equal(found[name], whole[name]) for name in whole)
+        assert asked[rank] == [index for index, owner in enumerate(owners(count, size)) if owner == rank]
+
+
+# Codes and settings
+
+
+class Told(Alone):
+    """The first rank, which is told what the others gave."""
+
+    def __init__(self, *others: Any) -> None:
+        self._others = others
+        self.size = 1 + len(others)  # type: ignore[misc]
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, *self._others]
+
+
+@pytest.mark.parametrize(("others", "astray"), [((None, "x"), "2"), (("x",), "1"), (("x", "x"), "0"), ((None,), None)])
+def test_the_rank_that_went_astray_is_named(others: tuple[str | None, ...], astray: str | None) -> None:
+    codes = {"up": IntCodes(*(torch.ones(1, 1),) * len(IntCodes._fields))}
+    seen: list[str] = []
+
+    class Same(Told):
+        def gather(self, value: Any) -> list[Any]:
+            seen.append(value)
+            return [value, *(value if other is None else other for other in others)]
+
+    if astray is None:
+        compare(Same(*others), "layers.3", codes)
+        return
+    with pytest.raises(AutoRoundError, match=rf"^layers\.3: found other codes on rank {astray} than"):
+        compare(Same(*others), "layers.3", codes)
+
+
+def test_ranks_that_were_told_different_things() -> None:
+    agree(Told({"bits": 4}), {"bits": 4})
+    with pytest.raises(UsageError, match=r"^rank 2: bits: found 2; needed 4, as rank 0 has; start all ranks with"):
+        agree(Told({"bits": 4}, {"bits": 2}), {"bits": 4})
+
+
+# The place of a process
+
+
+def place(rank: int = 0, size: int = 2) -> Launch:
+    return Launch(rank=rank, size=size, local_rank=rank, local_size=size)
+
+
+def test_where_torchrun_did_not_start_it() -> None:
+    assert launched({"RANK": "1", "WORLD_SIZE": "2"}) is None
+    assert join(None, "cpu") is ALONE
+    assert join(place(size=1), "cpu") is ALONE
+
+
+@pytest.mark.parametrize(("size", "parts"), [(1, 4), (2, 4), (4, 4), (6, 6)])
+def test_parts_of_a_step(size: int, parts: int) -> None:
+    assert place(size=size).parts == parts
+
+
+class Gpus(GpuBackend):
+    """Three of them."""
+
+    def count(self) -> int:
+        return 3
+
+
+def test_each_process_has_a_device_of_its_own() -> None:
+    gpus = Gpus("cuda")
+    any_one, named = (torch.device("cuda"),), (torch.device("cuda", 2), torch.device("cuda", 0))
+    assert of_rank(gpus, any_one, place(1)) == (torch.device("cuda", 1),)
+    assert of_rank(gpus, named, place(1)) == (torch.device("cuda", 0),)
+    assert of_rank(gpus, named, None) == named
+    with pytest.raises(UsageError, match=r"^torchrun: found 4 processes on a machine and 3 devices for them"):
+        of_rank(gpus, any_one, place(1, size=4))
