@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from autoround import func
 from autoround.activations import Inputs, Stream
@@ -113,11 +114,11 @@ class BlockTuner:
                 room = partial(inputs.empty, "aim_NTD")
                 x_NTD = inputs.stream.float_NTD
                 aim_NTD = self._passes.outputs(trained_fn, float_tensors, inputs.template, x_NTD, room)
+        compiled()  # the search compiles too, and torch compiles one thing at a time
         start = self._start(weights, observed.moments, specs)
         tuned = func.compensate(weights.tuned, start, observed.hessians, specs)
         weights, params = weights._replace(tuned=fusion.merge(tuned)), fusion.merge(start)
         del float_tensors, tuned, start
-        compiled()
         result = self._take_steps(trained_fn, fusion, weights, params, partial(self._batches, index, inputs, aim_NTD))
         del aim_NTD
         found = _restored(fusion.split(result.params), fusion.split(params), observed.tokens)
@@ -203,7 +204,8 @@ class BlockTuner:
             return lambda: None
         step = self._step(func.make_block_fn(block_fn.skeleton), fusion, key)
         own = weights._replace(tuned=fusion.merge(weights.tuned))
-        state = self._state(fusion.merge(func.init_params(weights.tuned)), fusion)
+        params = tree_map(torch.clone, fusion.merge(func.init_params(weights.tuned)))  # no tensor is there twice
+        state = self._state(params, fusion)
         ((batch,), *_) = self._batches(index, inputs, inputs.stream.quantized_NTD, self._places(), steps=1)
 
         def compile_step() -> None:
