@@ -32,7 +32,7 @@ from tests.formats.quantized import Quantized, quantized
 
 pytestmark = [pytest.mark.clients, pytest.mark.slow]
 
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 16, 32
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 16, 16
 ROWS, ROW_TOKENS = 4, 512
 # A greedy token may differ where the best logit exceeds that of the token taken instead by no more than this share.
 MARGIN = 0.01
