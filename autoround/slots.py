@@ -48,14 +48,13 @@ class Slots:
             if not any(made == index for made, _ in self._made):
                 for old in self._folder.glob(f"{index % 2}.*"):
                     old.unlink()
-            if not items:
-                return torch.empty(shape, dtype=dtype)
-            try:
-                _allocate(file, items * dtype.itemsize)
-            except OSError:
-                file.unlink(missing_ok=True)
-                raise
-        made = torch.from_file(str(file), shared=True, size=items, dtype=dtype).view(*shape)
+            if items:
+                try:
+                    _allocate(file, items * dtype.itemsize)
+                except OSError:
+                    file.unlink(missing_ok=True)
+                    raise
+        made = _mapped(file, shape, dtype)
         self._made[index, name] = made
         return made
 

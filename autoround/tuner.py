@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from autoround import func
 from autoround.activations import Inputs, Stream
@@ -204,8 +203,7 @@ class BlockTuner:
             return lambda: None
         step = self._step(func.make_block_fn(block_fn.skeleton), fusion, key)
         own = weights._replace(tuned=fusion.merge(weights.tuned))
-        params = tree_map(torch.clone, fusion.merge(func.init_params(weights.tuned)))  # no tensor is there twice
-        state = self._state(params, fusion)
+        state = self._state(fusion.merge(func.init_params(weights.tuned)), fusion)
         ((batch,), *_) = self._batches(index, inputs, inputs.stream.quantized_NTD, self._places(), steps=1)
 
         def compile_step() -> None:

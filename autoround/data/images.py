@@ -85,9 +85,15 @@ def fitting(rows: Sequence[Made], tokens: int) -> list[Made]:
     Raises:
         DataError: all are dropped.
     """
-    too_long = [len(row.ids) for row in rows if _is_cut_through(row, tokens)]
+    kept: list[Made] = []
+    too_long: list[int] = []
+    for row in rows:
+        if _is_cut_through(row, tokens):
+            too_long.append(len(row.ids))
+        else:
+            kept.append(row)
     _tell_dropped("dataset", too_long, len(rows), tokens)
-    return [row for row in rows if not _is_cut_through(row, tokens)]
+    return kept
 
 
 def _is_cut_through(row: Made, tokens: int) -> bool:

@@ -1,7 +1,6 @@
 """One process at a time works on a journal."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -13,10 +12,10 @@ from autoround.engine import quantize
 from autoround.errors import JournalError
 from autoround.journal import open_journal
 from autoround.progress import Progress
+from tests.children import events, start
 from tests.engine.small import hashes, make, recipe
 
 CHILD = Path(__file__).with_name("interrupted.py")
-ROOT = CHILD.parents[2]
 
 MANIFEST = {"recipe": {"bits": 4}}
 HOLD = f"""
@@ -57,24 +56,14 @@ def test_a_run_beside_another_one_is_refused_before_any_work(tmp_path: Path) -> 
     make().save_pretrained(tmp_path / "source")
     made = recipe(tmp_path)
     (tmp_path / "recipe.json").write_text(json.dumps(asdict(made)))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, str(CHILD), str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=environment, cwd=ROOT,
-    ) as child:  # fmt: skip
-        assert child.stdin is not None
-        assert child.stdout is not None
-        for line in child.stdout:
-            if line == "block 0 done\n":
-                break
-            child.stdin.write("\n")
-            child.stdin.flush()
-        before, events = hashes(tmp_path), list[Progress]()
+    with start(CHILD, tmp_path) as child:
+        assert "block 0 done" in events(child)
+        before, told = hashes(tmp_path), list[Progress]()
         for settings in ({}, {"restart": True}, {"overwrite": True}, {"iters": 3}):
-            run = quantize(tmp_path / "source", recipe(tmp_path, **settings), on_progress=events.append)
+            run = quantize(tmp_path / "source", recipe(tmp_path, **settings), on_progress=told.append)
             with pytest.raises(JournalError, match="found another run at work on it; wait until that ends"):
                 next(iter(run))
-        assert events == []
+        assert told == []
         assert hashes(tmp_path) == before
         child.communicate("\n" * 100)
     assert child.returncode == 0

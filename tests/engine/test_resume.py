@@ -1,11 +1,8 @@
 """Runs that are killed, or otherwise end early, and go on."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,10 +18,10 @@ from autoround.errors import FormatError, JournalError
 from autoround.journal import open_journal, read_manifest
 from autoround.progress import Progress
 from autoround.recipe import Recipe
+from tests.children import events, start
 from tests.engine.small import VOCABULARY, codes, hashes, make, recipe, rows, stopped, tune
 
 CHILD = Path(__file__).with_name("interrupted.py")
-ROOT = CHILD.parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -60,20 +57,12 @@ def went_on(model: PreTrainedModel | Path, made: Recipe) -> tuple[Run, list[bool
 def kill(folder: Path, *, at: str) -> list[str]:
     """Start a run in a process of its own and kill it when it tells this event; all it told."""
     told: list[str] = []
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    with subprocess.Popen(
-        [sys.executable, str(CHILD), str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=environment, cwd=ROOT,
-    ) as child:  # fmt: skip
-        assert child.stdin is not None
-        assert child.stdout is not None
-        for line in child.stdout:
-            told.append(line.strip())
-            if told[-1] == at:
+    with start(CHILD, folder, threads=torch.get_num_threads()) as child:
+        for event in events(child):
+            told.append(event)
+            if event == at:
                 child.send_signal(signal.SIGKILL)
                 break
-            child.stdin.write("\n")
-            child.stdin.flush()
     assert child.returncode == -signal.SIGKILL, told
     return told
 

@@ -1,10 +1,8 @@
 """A process that starts runs and kills them, and what a run leaves when nobody kills it."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from tests.children import start
 from tests.engine.small import hashes, make, rows
 
 DRIVER = Path(__file__).with_name("driver.py")
-ROOT = DRIVER.parents[2]
 BLOCKS = 4
 SETTINGS: dict[str, Any] = {
     "iters": 3, "bits": 2, "group_size": 32, "dataset": rows(), "nsamples": 16, "seqlen": 16, "batch_size": 4,
@@ -47,11 +45,7 @@ class Driver:
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     folder = tmp_path_factory.mktemp("killed")
     make("llama", num_hidden_layers=BLOCKS).save_pretrained(folder / "source")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, str(DRIVER), str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=environment, cwd=ROOT,
-    ) as process:  # fmt: skip
+    with start(DRIVER, folder) as process:
         made = Driver(folder, process)
         yield made
         print(f"{len(made.kills)} attempts, {sum(made.kills)} of them killed")
