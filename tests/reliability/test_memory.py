@@ -13,7 +13,7 @@ NSAMPLES, SEQLEN, HIDDEN = 2048, 64, 64
 
 
 def test_rows_on_the_disk_are_no_memory_of_the_process(driver: Driver, tmp_path: Path) -> None:
-    """Four copies of the rows live at once, at two or four bytes a number; all but the captured one are files."""
+    """Three copies of the rows, at two or four bytes a number, are files; half of that is more than peaks vary by."""
     vocabulary = 90
     rows = [
         [3 + (7 * row + 5 * token + row * token) % vocabulary for token in range(SEQLEN)] for row in range(NSAMPLES)
@@ -25,5 +25,5 @@ def test_rows_on_the_disk_are_no_memory_of_the_process(driver: Driver, tmp_path:
         assert told["status"] == 0, told
         peaks[place] = told["anonymous"]
     print(f"most anonymous memory: {peaks['ram'] / 1e6:.0f} MB in memory, {peaks['disk'] / 1e6:.0f} MB on the disk")
-    assert peaks["ram"] - peaks["disk"] > 2.5 * NSAMPLES * SEQLEN * HIDDEN * 2
+    assert peaks["ram"] - peaks["disk"] > 1.5 * NSAMPLES * SEQLEN * HIDDEN * 2
     assert left(tmp_path / "ram") == left(tmp_path / "disk")
