@@ -47,12 +47,16 @@ class Stream(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What a block is tuned on: its calls, the rows that flow in, which tokens count, and room for what flows out."""
+    """What a block is tuned on: its calls, the rows that flow in, which tokens count, and room for what flows out.
+
+    Of a block that is tuned apart from the ones after it, ``target_NTD`` is what its float weights make of the rows.
+    """
 
     template: CallTemplate
     stream: Stream
     valid_NT: Tensor
     empty: Empty = in_memory
+    target_NTD: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +96,21 @@ class Place:
         host = torch.device("cpu")
         return Place(host, on_disk=self.home == host)
 
-    def moved(self, slots: Slots, index: int, stream: Stream) -> Stream:
+    def moved(self, slots: Slots, index: int, stream: Stream, *, kept: bool) -> Stream:
         """What flows into a block, brought here from elsewhere.
+
+        Args:
+            slots: files for rows.
+            index: of the block.
+            stream: what flows into it; float rows alone where it was not kept.
+            kept: whether it was kept after the block before.
 
         Raises:
             JournalError: what was kept of it is damaged, or the disk is full.
         """
         if not self.on_disk:
             return Stream(*(rows.to(self.home) for rows in stream))
-        return self.again(slots, index) if index else self.first(slots, stream.quantized_NTD)
+        return self.again(slots, index) if index and kept else self.first(slots, stream.quantized_NTD)
 
     def empty(self, slots: Slots, index: int) -> Empty:
         """What makes room for rows that flow out of a block."""

@@ -145,7 +145,7 @@ class BlockLoop:
         elif inputs is not None and (place := self.place.roomier()):
             change = f"activations {place}, not {self.place}"
             self.place = place
-            inputs = inputs._replace(stream=place.moved(self.journal.activations, index, inputs.stream))
+            inputs = inputs._replace(stream=place.moved(self.journal.activations, index, inputs.stream, kept=True))
         else:
             raise ModelError(
                 f"{path}: memory ran out ({cause}) with as little of it in use as settings allow; needed more; use a "

@@ -46,6 +46,7 @@ class Slots:
         with reported(file):
             self._folder.mkdir(exist_ok=True)
             if not any(made == index for made, _ in self._made):
+                self._made.clear()  # who needs others still has them
                 for old in self._folder.glob(f"{index % 2}.*"):
                     old.unlink()
             if items:

@@ -36,7 +36,7 @@ class Tuned(NamedTuple):
     Attributes:
         codes: layer path relative to the block -> codes.
         losses_K: float32, loss of every step.
-        stream: what flows into the next block; None where nothing flowed in.
+        stream: what flows into the next block; None where nothing flowed in, or the block is tuned apart.
         tokens: module of experts -> int64 (E,), tokens that each of its experts took.
     """
 
@@ -98,8 +98,8 @@ class BlockTuner:
             return Tuned(_quantize(weights.tuned, func.init_params(weights.tuned), specs), torch.zeros(0), None)
         fusion, float_tensors = func.fuse(weights.tuned, specs), cast(tensors, self._dtype)
         compiled = self._compile_ahead(index, block_fn, fusion, weights, inputs)
-        target_NTD = torch.empty(0)
-        if self._recipe.iters:
+        target_NTD = torch.empty(0) if inputs.target_NTD is None else inputs.target_NTD
+        if self._recipe.iters and inputs.target_NTD is None:
             room = partial(inputs.empty, "float_NTD")
             target_NTD = self._passes.outputs(block_fn, float_tensors, inputs.template, inputs.stream.float_NTD, room)
         observed = self._observe(block_fn, float_tensors, specs, inputs)
@@ -122,6 +122,8 @@ class BlockTuner:
         del aim_NTD
         found = _restored(fusion.split(result.params), fusion.split(params), observed.tokens)
         codes = _quantize(fusion.split(weights.tuned), found, specs)
+        if inputs.target_NTD is not None:
+            return Tuned(codes, result.losses_K, None, tokens)
         rounded = {f"{path}.weight": func.dequantize(own, specs[path]).to(self._dtype) for path, own in codes.items()}
         quantized = {**weights.frozen, **rounded}
         room = partial(inputs.empty, "quantized_NTD")
