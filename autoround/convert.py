@@ -18,9 +18,10 @@ from autoround.model.experts import describe
 from autoround.model.load import CONFIG, OpenModel, folder_config
 from autoround.model.names import Pieces, match_names
 from autoround.model.skeleton import build_skeleton
-from autoround.model.source import read_headers, read_stack, read_tensor, stack_shape
+from autoround.model.source import read_headers, read_stack, stack_shape
 from autoround.plan import Plan, recorded
 from autoround.spec import QuantSpec, WeightSpec
+from autoround.tensor_files import read_tensor
 
 
 class PackedSource:

@@ -23,15 +23,24 @@ class Failed(Exception):
 class Cost(NamedTuple):
     """Of one command: wall time in seconds, and peak resident memory in GB of the process and with its children.
 
-    The children are C++ compilers; what they share with the process counts once.
+    The children are C++ compilers; what they share with the process counts once. Anonymous memory is that of the
+    process for which no file stands.
     """
 
     seconds: float
     gigabytes: float
     tree_gigabytes: float
+    anonymous_gigabytes: float = 0.0
 
 
-def measure(command: list[str], log: Path, environment: Mapping[str, str], *, cache: Path | None = None) -> Cost:
+def measure(
+    command: list[str],
+    log: Path,
+    environment: Mapping[str, str],
+    *,
+    cache: Path | None = None,
+    data_limit: int | None = None,
+) -> Cost:
     """Run a command in the folder of its log.
 
     Args:
@@ -39,6 +48,7 @@ def measure(command: list[str], log: Path, environment: Mapping[str, str], *, ca
         log: file for what it prints.
         environment: variables beside our own.
         cache: folder of compiled code; a new one, deleted afterwards, when None: the compiler starts cold.
+        data_limit: RLIMIT_DATA in bytes: heap, stacks of threads, and files that are mapped to be written to.
 
     Raises:
         Failed: it failed.
@@ -47,18 +57,29 @@ def measure(command: list[str], log: Path, environment: Mapping[str, str], *, ca
         variables = {**os.environ, **QUIET, CACHE: str(cache or cold), **environment}
         start = time.monotonic()
         process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables, cwd=log.parent)
-        own = tree = 0
+        own = tree = anonymous = 0
+        if data_limit is not None:
+            process.rlimit(psutil.RLIMIT_DATA, (data_limit, data_limit))
         while process.poll() is None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rss = process.memory_info().rss
-                own = max(own, rss)
+                own, anonymous = max(own, rss), max(anonymous, _anonymous(process.pid))
                 tree = max(tree, rss + sum(_unshared(child) for child in process.children(recursive=True)))
             time.sleep(POLL_SECONDS)
         seconds = time.monotonic() - start
     if process.returncode:
         last = log.read_text(errors="replace").strip().splitlines()[-3:]
         raise Failed(f"{command[0]}: status {process.returncode}; see {log}: {' | '.join(last)}")
-    return Cost(seconds, own / 1e9, tree / 1e9)
+    return Cost(seconds, own / 1e9, tree / 1e9, anonymous / 1e9)
+
+
+def _anonymous(pid: int) -> int:
+    """Resident memory of a process for which no file stands; 0 where /proc does not tell or the process is gone."""
+    try:
+        told = Path(f"/proc/{pid}/status").read_text().partition("RssAnon:")[2].split()
+    except OSError:
+        return 0
+    return int(told[0]) * 1024 if told else 0
 
 
 def _unshared(process: psutil.Process) -> int:

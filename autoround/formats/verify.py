@@ -3,12 +3,10 @@
 import json
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from autoround.errors import FormatError
@@ -17,6 +15,7 @@ from autoround.formats.types import Format
 from autoround.func.rounding import dequantize
 from autoround.func.types import IntCodes
 from autoround.spec import QuantSpec
+from autoround.tensor_files import read_heads, read_tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -32,58 +31,55 @@ def verify_checkpoint(contents: Contents, folder: Path) -> None:
         FormatError: a tensor is missing, unexpected or different; names it and its first difference.
     """
     heads = dict(contents.heads())
-    with ExitStack() as stack:
-        files = _Files(folder, stack)
-        for name, tensor in contents.kept():
-            _compare(name, files.take(name), tensor, heads[name].dtype)
-        for path, spec, codes in contents.layers():
-            tensors = files.take_layer(contents.prefix(path))
-            if "weight" in tensors:
-                _compare_dtype(path, tensors["weight"], contents.weight_dtype(path))
-                if contents.is_transposed(path):
-                    tensors["weight"] = tensors["weight"].t()
-            _compare_layer(path, tensors, codes, contents.form, spec)
-        files.expect_nothing_left()
+    files = _Files(folder)
+    for name, tensor in contents.kept():
+        _compare(name, files.take(name), tensor, heads[name].dtype)
+    for path, spec, codes in contents.layers():
+        tensors = files.take_layer(contents.prefix(path))
+        if "weight" in tensors:
+            _compare_dtype(path, tensors["weight"], contents.weight_dtype(path))
+            if contents.is_transposed(path):
+                tensors["weight"] = tensors["weight"].t()
+        _compare_layer(path, tensors, codes, contents.form, spec)
+    files.expect_nothing_left()
 
 
 class _Files:
     """The tensors of a checkpoint by name; each is taken once."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._handles: dict[str, Any] = {}
+        self._left: dict[str, Path] = {}
         self._layers: dict[str, dict[str, str]] = defaultdict(dict)
         for file, expected in _contents(folder).items():
             try:
-                handle = stack.enter_context(safe_open(folder / file, framework="pt"))
+                names = set(read_heads(folder / file))
             except (OSError, SafetensorError) as error:
                 raise FormatError(f"{folder / file}: {error}; needed a complete file; {_ADVICE}") from error
-            names = set(handle.keys())
             if expected and names != expected:
                 raise FormatError(
                     f"{folder / file}: found other tensors than {INDEX} lists: {sorted(names ^ expected)[0]}; {_ADVICE}"
                 )
             for name in names:
-                self._handles[name] = handle
+                self._left[name] = folder / file
                 layer, _, kind = name.rpartition(".")
                 self._layers[f"{layer}."][kind] = name
 
     def take(self, name: str) -> Tensor:
         """A kept tensor."""
-        if name not in self._handles:
+        if name not in self._left:
             raise FormatError(f"{self._folder}: found no tensor {name}; {_ADVICE}")
         layer, _, kind = name.rpartition(".")
         del self._layers[f"{layer}."][kind]
-        tensor: Tensor = self._handles.pop(name).get_tensor(name)
-        return tensor
+        return read_tensor(self._left.pop(name), name)
 
     def take_layer(self, prefix: str) -> dict[str, Tensor]:
         """All tensors of a layer that have not been taken, by their last name."""
         return {kind: self.take(name) for kind, name in dict(self._layers[prefix]).items()}
 
     def expect_nothing_left(self) -> None:
-        if self._handles:
-            raise FormatError(f"{self._folder}: found unexpected tensor {min(self._handles)}; {_ADVICE}")
+        if self._left:
+            raise FormatError(f"{self._folder}: found unexpected tensor {min(self._left)}; {_ADVICE}")
 
 
 def _contents(folder: Path) -> dict[str, set[str]]:

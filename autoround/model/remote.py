@@ -1,8 +1,5 @@
 """Headers of weight files that stay on the hub, read by range requests."""
 
-import json
-import struct
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,11 +14,11 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 from huggingface_hub.utils import SafetensorsFileMetadata
-from safetensors.torch import load
 from torch import Tensor
 
 from autoround.errors import ModelError
 from autoround.model.source import INDEX, WEIGHTS, Headers, read_headers, shard_names
+from autoround.tensor_files import dtypes_of
 
 _REQUESTS_AT_ONCE = 8
 
@@ -65,17 +62,11 @@ def remote_headers(name: str, folder: Path, *, token: str | bool | None) -> Head
 
 def _heads(metadata: SafetensorsFileMetadata) -> dict[str, Tensor]:
     """Tensors without data, in the order in which safetensors lists them."""
-    dtypes = _dtypes(sorted({str(tensor.dtype) for tensor in metadata.tensors.values()}))
+    dtypes = dtypes_of({str(tensor.dtype) for tensor in metadata.tensors.values()})
     return {
         name: torch.empty(tuple(tensor.shape), dtype=dtypes[str(tensor.dtype)], device="meta")
         for name, tensor in sorted(metadata.tensors.items())
     }
-
-
-def _dtypes(names: Sequence[str]) -> dict[str, torch.dtype]:
-    """Dtypes by their names in safetensors, told by the library itself: it reads empty tensors of them."""
-    header = json.dumps({name: {"dtype": name, "shape": [0], "data_offsets": [0, 0]} for name in names}).encode()
-    return {name: tensor.dtype for name, tensor in load(struct.pack("<Q", len(header)) + header).items()}
 
 
 def _line(error: Exception) -> str:

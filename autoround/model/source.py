@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Protocol, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from autoround.errors import ModelError
 from autoround.model.low_precision import dequantize, fold
 from autoround.model.names import Pieces, add_tied, match_names, written_names
+from autoround.tensor_files import read_heads, read_tensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -95,7 +96,7 @@ class StoredNames:
 class SafetensorsSource(StoredNames):
     """A folder with ``model.safetensors``, or with shards and their index.
 
-    Files are mapped, not loaded, and only while a tensor of theirs is in use. FP8 and MXFP4 read as bfloat16.
+    Tensors are mapped, not loaded, and only while they are in use. FP8 and MXFP4 read as bfloat16.
 
     Args:
         folder: where the files are.
@@ -198,13 +199,6 @@ def read_headers(folder: Path) -> Headers:
     return files, heads
 
 
-def read_tensor(file: Path, key: str) -> Tensor:
-    """One tensor; the file is mapped only while it is in use."""
-    with safe_open(file, framework="pt") as handle:
-        tensor: Tensor = handle.get_tensor(key)
-    return tensor
-
-
 def stack_shape(heads: Mapping[str, Tensor], pieces: Pieces, where: str) -> tuple[int, ...]:
     """Shape of a stack of experts, (E, O, I), by the shapes of its matrices.
 
@@ -274,9 +268,7 @@ def _no_weights(folder: Path) -> ModelError:
 def read_header(file: Path) -> dict[str, Tensor]:
     """Meta tensors of a file's contents; safetensors checks the header against the file's size."""
     try:
-        with safe_open(file, framework="pt") as handle:
-            keys = handle.keys()
-            return {key: handle.get_tensor(key).to("meta") for key in keys}
+        return read_heads(file)
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"{file}: found a damaged or truncated file ({error}); needed complete safetensors; download it again"
