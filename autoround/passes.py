@@ -94,5 +94,6 @@ def bound(template: CallTemplate, x_NTD: Tensor, rows_B: Tensor, device: torch.d
 
 
 def replicas(tree: Any, devices: Sequence[torch.device]) -> dict[torch.device, Any]:
-    """A tree of tensors on each device; where it is already, it is not copied."""
-    return {device: tree_map(lambda leaf, own=device: leaf.to(own), tree) for device in dict.fromkeys(devices)}
+    """A tree of tensors on each device; the first one has it already, or its parts are where they compute."""
+    home, *others = dict.fromkeys(devices)
+    return {home: tree, **{device: tree_map(lambda leaf, own=device: leaf.to(own), tree) for device in others}}

@@ -72,7 +72,7 @@ class Fusion:
 
 
 def fuse(tuned: Mapping[str, Prepared], specs: Mapping[str, WeightSpec]) -> Fusion:
-    """Find the layers that can share a tensor: those of equal spec and equal columns in a group.
+    """Find the layers that can share a tensor: those of equal spec and equal columns in a group, on one device.
 
     Args:
         tuned: layer path -> prepared weight.
@@ -88,15 +88,15 @@ def fuse(tuned: Mapping[str, Prepared], specs: Mapping[str, WeightSpec]) -> Fusi
     >>> fusion.split(fusion.merge(tuned))["up"].weight_OGS.shape
     torch.Size([3, 2, 2])
     """
-    alike: dict[tuple[WeightSpec, int], list[str]] = defaultdict(list)
+    alike: dict[tuple[WeightSpec, int, torch.device], list[str]] = defaultdict(list)
     for path, prepared in tuned.items():
-        alike[specs[path], prepared.weight_OGS.shape[-1]].append(path)
+        alike[specs[path], prepared.weight_OGS.shape[-1], prepared.weight_OGS.device].append(path)
     shapes = {path: tuple(prepared.weight_OGS.shape) for path, prepared in tuned.items()}
-    names = [f"{index}: {spec}" for index, (spec, _) in enumerate(alike)]
+    names = [f"{index}: {spec}" for index, (spec, *_) in enumerate(alike)]
     return Fusion(
         shapes=shapes,  # type: ignore[arg-type]  # three dimensions each
         members=dict(zip(names, map(tuple, alike.values()), strict=True)),
-        specs=dict(zip(names, (spec for spec, _ in alike), strict=True)),
+        specs=dict(zip(names, (spec for spec, *_ in alike), strict=True)),
     )
 
 

@@ -94,7 +94,7 @@ def observe_inputs(
         path: str, valid_BT: Tensor, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
     ) -> None:
         x, *choices = (*args, *kwargs.values())
-        x_ND, valid_N = x.flatten(0, -2), valid_BT.flatten()
+        x_ND, valid_N = x.flatten(0, -2), valid_BT.flatten().to(x.device)
         if choices:
             own = observe(module, x_ND, choices[0].flatten(0, -2), valid_N)
         else:
@@ -136,7 +136,7 @@ class _Linears:
         first, _ = self.inputs.setdefault(id(args[0]), (path, args[0]))
         if self._first.setdefault(path, first) != path:
             return
-        x_MI, valid_M = args[0].flatten(0, -2).float(), valid_BT.flatten()
+        x_MI, valid_M = args[0].flatten(0, -2).float(), valid_BT.flatten().to(args[0].device)
         if len(x_MI) % len(valid_M) == 0:  # else its inputs are no tokens, and all of them count
             x_MI = x_MI * valid_M.repeat_interleave(len(x_MI) // len(valid_M)).unsqueeze(-1)
         _add(self._sums, path, x_MI.square().sum(0))

@@ -1,6 +1,7 @@
 """Optimizers as pairs of pure functions: ``init(params)`` and ``update(grads, state, params)``, as in optax.
 
 Updates are added to parameters by ``apply_updates``; constraints are ``project``'s business, not the optimizer's.
+Parameters may lie on several devices.
 """
 
 from collections.abc import Callable, Mapping
@@ -62,7 +63,7 @@ def sgd(schedule: Schedule) -> Transform:
     def update(grads: Any, step: Tensor, params: Any) -> tuple[Any, Tensor]:
         del params  # not needed
         rate = schedule(step)
-        return tree_map(lambda grad: -rate * grad, grads), step + 1
+        return tree_map(lambda grad: -rate.to(grad.device) * grad, grads), step + 1
 
     return Transform(init, update)
 
@@ -162,7 +163,8 @@ def adamw(
         square_scale = 1 / (1 - beta2 ** step.float())
 
         def direction(m: Tensor, s: Tensor, param: Tensor) -> Tensor:
-            return -rate * (m * mean_scale / ((s * square_scale).sqrt() + eps) + weight_decay * param)
+            own_rate, own_mean, own_square = (each.to(param.device) for each in (rate, mean_scale, square_scale))
+            return -own_rate * (m * own_mean / ((s * own_square).sqrt() + eps) + weight_decay * param)
 
         return tree_map(direction, mean, square, params), AdamState(step, mean, square)
 

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from autoround.func import optim
 from autoround.func.rounding import fake_quantize, nearest
-from autoround.func.types import Batch, BlockFunction, BlockWeights, Params, Prepared, TuneState
+from autoround.func.types import Batch, BlockFunction, BlockWeights, Params, Prepared, RoundingParams, TuneState
 from autoround.spec import WeightSpec
 
 Specs: TypeAlias = Mapping[str, WeightSpec]
@@ -143,10 +143,13 @@ def make_update(optimizer: optim.Transform, specs: Specs, *, project: Projection
     """
 
     def update(state: TuneState, grads: Params, value: Tensor) -> TuneState:
-        improved = value < state.best_loss
-        best_params = state.best_params
+        def better(new: Tensor, old: Tensor) -> Tensor:
+            return torch.where(improved.to(old.device), new, old)
+
+        value = value.to(state.best_loss.device)
+        improved, best_params = value < state.best_loss, state.best_params
         if best_params:
-            best_params = tree_map(lambda new, old: torch.where(improved, new, old), state.params, best_params)
+            best_params = tree_map(better, state.params, best_params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = project(optim.apply_updates(state.params, updates), specs)
         return TuneState(params, opt_state, best_params, torch.minimum(value, state.best_loss), state.step + 1)
@@ -207,8 +210,8 @@ def accumulate(
 ) -> Callable[[Sequence[BlockWeights], TuneState, Sequence[Batch]], tuple[TuneState, Tensor]]:
     """A step over several micro-batches, weighted by their valid tokens, on one device or several.
 
-    Parameters are sent to the device of each micro-batch, and gradients back. They are summed in pairs, then pairs of
-    pairs, so that the result does not depend on which device computed what.
+    Parameters are sent to where the weights of each micro-batch lie, and gradients back to where their parameters do.
+    They are summed in pairs, then pairs of pairs, so that the result does not depend on which device computed what.
 
     Args:
         gradients: for each micro-batch, from ``make_gradient``, compiled or not.
@@ -217,7 +220,7 @@ def accumulate(
             some of them each; this one computes all when not given.
 
     Returns:
-        (weights of each micro-batch, on its device; state; micro-batches) -> (state, loss).
+        (weights of each micro-batch, on its devices; state; micro-batches) -> (state, loss).
 
     >>> from autoround.spec import QuantSpec
     >>> from autoround.func.block import make_block_fn, split_weights
@@ -238,19 +241,17 @@ def accumulate(
         home = state.step.device
         counts = [batch.valid_BT.sum().to(home) for batch in batches]
         valid = torch.stack(counts).sum()
-        params = {batch.valid_BT.device: _moved(state.params, batch.valid_BT.device) for batch in batches}
+        params = {id(weights): _beside(state.params, weights) for weights in replicas}
 
         def part(index: int) -> tuple[Params, Tensor]:
-            batch, device = batches[index], batches[index].valid_BT.device
-            share = (counts[index] / valid).to(device)
-            found: tuple[Params, Tensor] = tree_map(
-                lambda leaf: leaf * share, gradients[index](replicas[index], params[device], batch)
-            )
+            weights, share = replicas[index], counts[index] / valid
+            own = gradients[index](weights, params[id(weights)], batches[index])
+            found: tuple[Params, Tensor] = tree_map(lambda leaf: leaf * share.to(leaf.device), own)
             return found
 
         like = (state.params, state.best_loss)
         found = sum_in_pairs(part, 0, len(batches)) if total is None else total(part, len(batches), like)
-        grads, value = _moved(found, home)
+        grads, value = tree_map(lambda leaf, own: leaf.to(own.device), found, like)
         return update(state, grads, value), value
 
     return step
@@ -297,5 +298,7 @@ def owned_spans(owners: Sequence[int]) -> dict[Span, int]:
     return within(0, len(owners))
 
 
-def _moved(tree: Any, device: torch.device) -> Any:
-    return tree_map(lambda leaf: leaf.to(device), tree)
+def _beside(params: Params, weights: BlockWeights) -> Params:
+    """Parameters on the devices of the weights that they belong to."""
+    places = {path: prepared.weight_OGS.device for path, prepared in weights.tuned.items()}
+    return {path: RoundingParams(*(leaf.to(places[path]) for leaf in own)) for path, own in params.items()}
