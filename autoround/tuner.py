@@ -18,7 +18,8 @@ from autoround.beside import beside
 from autoround.coverage import STARVED_TOKENS
 from autoround.errors import AutoRoundError
 from autoround.func import init
-from autoround.func.experts import also_in_turn, restore
+from autoround.func.experts import also_in_turn, in_even_groups, restore
+from autoround.func.types import BlockFunction
 from autoround.passes import Passes, bound, replicas
 from autoround.ranks import ALONE, Ranks, owners_by_size, summed
 from autoround.recipe import Recipe
@@ -26,6 +27,8 @@ from autoround.schedule import batch_rows, make_optimizer
 
 # Rows that the clip search weighs input channels by; more do not change its choice, but for experts all rows count.
 MOMENT_ROWS = 32
+# Rows of an expert come in multiples of this many on a CPU, whose library of products prepares each new size anew.
+EXPERT_ROWS = 32
 # Weights of a single layer that are quantized at a time.
 LAYER_ELEMENTS = 2**23
 
@@ -232,7 +235,7 @@ class BlockTuner:
             step = self._step(block_fn, fusion, key)
             rows = (batch for (batch,) in rows)
         else:
-            make = partial(func.make_gradient, fusion.lift(block_fn), fusion.specs, dtype=self._dtype)
+            make = partial(func.make_gradient, self._lifted(block_fn, fusion), fusion.specs, dtype=self._dtype)
             gradients = [self._once(("gradient", device, *key), make) for device in places]
             update = self._once(("update", *key), partial(func.make_update, self._optimizer(fusion), fusion.specs))
             copies = replicas(weights, places)
@@ -251,8 +254,12 @@ class BlockTuner:
         return func.init_state(params, self._optimizer(fusion), keep_best=self._recipe.keep == "best")
 
     def _step(self, block_fn: func.BlockFn, fusion: func.Fusion, key: tuple[Any, ...]) -> Any:
-        make = partial(func.make_step, fusion.lift(block_fn), fusion.specs, self._optimizer(fusion), dtype=self._dtype)
-        return self._once(("step", *key), make)
+        lifted, optimizer = self._lifted(block_fn, fusion), self._optimizer(fusion)
+        return self._once(("step", *key), partial(func.make_step, lifted, fusion.specs, optimizer, dtype=self._dtype))
+
+    def _lifted(self, block_fn: func.BlockFn, fusion: func.Fusion) -> BlockFunction:
+        """The block as steps take it."""
+        return fusion.lift(in_even_groups(block_fn, EXPERT_ROWS) if self._numerics.device == "cpu" else block_fn)
 
     def _places(self) -> list[torch.device]:
         """The device of each micro-batch of a step: neighbours share one."""

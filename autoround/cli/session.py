@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     from autoround.cli.display import Display
 
 # oneDNN, and torch beside it, keep what they made for each of the last 1024 shapes that were multiplied; experts are
-# given another number of tokens in every step, so that this would be hundreds of megabytes. Other blocks have fewer
-# shapes than this.
-CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+# given other numbers of tokens in every pass, so that this would be hundreds of megabytes. Other blocks have fewer.
+CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
 _REQUESTS = logging.getLogger("huggingface_hub.utils._http")
 
 

@@ -6,6 +6,7 @@ Legend: E experts, N tokens, K experts that a token takes, I input features, D h
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -145,6 +146,79 @@ def _send(
     choice = torch.cat([choice, turn_E[place].view(*choice.shape[:-1], 1).to(choice.dtype)], -1)
     found = (x, choice, torch.cat([share, share.mean(-1, keepdim=True)], -1), *rest)
     return found[: len(args)], dict(zip(kwargs, found[len(args) :], strict=True))
+
+
+def in_even_groups(block_fn: BlockFn, multiple: int) -> BlockFn:
+    """A block that sends zeros along with the tokens, so that each expert is given a multiple of so many rows.
+
+    Outputs and gradients are the same. Products of few different sizes suit libraries that prepare each size anew, as
+    oneDNN does on CPUs. Modules of experts that are not given choices stay as they are, as do blocks without experts.
+
+    Args:
+        block_fn: the lifted block.
+        multiple: rows of a product.
+
+    >>> from autoround.func.block import make_block_fn
+    >>> block_fn = make_block_fn(nn.Sequential(nn.Linear(2, 2)))
+    >>> in_even_groups(block_fn, 32) is block_fn
+    True
+    """
+    counts = {name.rsplit(".", 2)[0]: experts for name, experts in block_fn.stacks.items()}
+    if not counts:
+        return block_fn
+    skeleton = copy.deepcopy(block_fn.skeleton)
+    for path, experts in counts.items():
+        module = skeleton.get_submodule(path)
+        module.register_forward_pre_hook(partial(_fill_up, experts, multiple), with_kwargs=True)
+        module.register_forward_hook(partial(_cut, experts, multiple), with_kwargs=True)
+    return replace(block_fn, skeleton=skeleton)
+
+
+def _fill_up(
+    experts: int, multiple: int, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """The call of a module of experts with zeros for whom the choices are as even as can be."""
+    del module  # the hook's signature
+    x, *chosen = (*args, *kwargs.values())
+    if not _has_choices(x, chosen):
+        return args, kwargs
+    choice, share, *rest = chosen
+    place_E = torch.arange(experts, device=x.device)
+    count_E = (choice.flatten().unsqueeze(-1) == place_E).sum(0)
+    need_E = -count_E % multiple
+    slots = _spare(experts, multiple, choice.shape[-1]) * choice.shape[-1]
+    more = (slots - need_E.sum()) // multiple  # whole groups, one for each expert in turn; what is left: the last one
+    need_E = need_E + multiple * (more // experts + (place_E < more % experts))
+    choice_S = (torch.arange(slots, device=x.device).unsqueeze(-1) >= need_E.cumsum(0)[:-1]).sum(-1)
+    more_choice = choice_S.to(choice.dtype).view(-1, choice.shape[-1])
+    found = (
+        torch.cat([x, x.new_zeros(len(more_choice), x.shape[-1])]),
+        torch.cat([choice, more_choice]),
+        torch.cat([share, share.new_zeros(more_choice.shape)]),
+        *rest,
+    )
+    return found[: len(args)], dict(zip(kwargs, found[len(args) :], strict=True))
+
+
+def _cut(
+    experts: int, multiple: int, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y_ND: Tensor
+) -> Tensor:
+    """What a module of experts returns for the tokens alone."""
+    del module  # the hook's signature
+    x, *chosen = (*args, *kwargs.values())
+    if not _has_choices(x, chosen):
+        return y_ND
+    return y_ND[: len(x) - _spare(experts, multiple, chosen[0].shape[-1])]
+
+
+def _has_choices(x: Tensor, chosen: list[Tensor]) -> bool:
+    """Whether each token comes with the experts that it takes, and with a share for each."""
+    return x.ndim == 2 and len(chosen) > 1 and chosen[0].shape == chosen[1].shape
+
+
+def _spare(experts: int, multiple: int, choices: int) -> int:
+    """Zeros that fill up the rows of all experts, whatever their tokens are."""
+    return -(-experts * (multiple - 1) // choices)
 
 
 def by_module(paths: Iterator[str] | tuple[str, ...]) -> dict[str, tuple[str, ...]]:

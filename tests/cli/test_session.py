@@ -85,7 +85,7 @@ with session(sys.argv[1:]):
     process, weight_IO = psutil.Process(), torch.ones(256, 256, dtype=torch.bfloat16)
     torch.ones(99, 256, dtype=torch.bfloat16) @ weight_IO
     before = process.memory_info().rss
-    for rows in range(100, 300):
+    for rows in range(100, 500):
         torch.ones(rows, 256, dtype=torch.bfloat16) @ weight_IO
     print(process.memory_info().rss - before)
 """

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from autoround import func as F
 from autoround.func.block import block_tensors, stack_paths
-from autoround.func.experts import also_in_turn, observe, restore
+from autoround.func.experts import also_in_turn, in_even_groups, observe, restore
 from autoround.func.init import observe_inputs
 from tests.engine.mixtures import MODELS, make
 
@@ -177,3 +177,31 @@ def test_a_step_compiles_whole_in_bfloat16(starved: bool) -> None:
     _, eager = step(weights, state, batch)
     _, compiled = torch.compile(step, fullgraph=True, dynamic=False)(weights, state, batch)
     torch.testing.assert_close(compiled, eager, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("multiple", [8, 32])
+def test_even_groups_change_neither_outputs_nor_gradients(name: str, multiple: int) -> None:
+    block, x_BTD = Mixture(name), tokens()
+    specs = dict.fromkeys(STACKS, F.QuantSpec(bits=2, group_size=32))
+    weights, plain = F.split_weights(block, specs), F.make_block_fn(block)
+    even = in_even_groups(plain, multiple)
+    own, valid_BT = call(x_BTD)
+    batch = F.Batch(own, torch.zeros_like(x_BTD), valid_BT)
+    found = [F.make_gradient(each, specs)(weights, F.init_params(weights.tuned), batch) for each in (plain, even)]
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+def test_every_expert_is_given_whole_groups(choices: int) -> None:
+    block = Mixture("mixtral")
+    even = in_even_groups(F.make_block_fn(block), 8)
+    experts = even.skeleton.get_submodule("mlp.experts")
+    generator = torch.Generator().manual_seed(choices)
+    choice_NK = torch.randint(3, (40, choices), generator=generator)  # nobody takes the last one
+    (hook,) = experts._forward_pre_hooks.values()
+    (x_ND, filled_NK, share_NK), _ = hook(experts, (torch.ones(40, 64), choice_NK, torch.ones(40, choices)), {})
+    assert torch.equal(filled_NK[:40], choice_NK)
+    assert not x_ND[40:].any() and not share_NK[40:].any()
+    assert filled_NK.numel() == 40 * choices + 4 * 7  # enough for four experts; the last one takes what is over
+    assert (filled_NK.flatten().bincount(minlength=4) % 8).tolist() == [0, 0, 0, 4]
