@@ -13,6 +13,7 @@ from autoround import func
 from autoround.activations import Inputs
 from autoround.func import init
 from autoround.model.calls import CallTemplate
+from autoround.placement import sharers
 from autoround.ranks import Ranks, owners
 
 Room = Callable[[Sequence[int], torch.dtype, torch.device], Tensor]
@@ -46,13 +47,14 @@ class Passes:
             x_NTD: the rows that flow in.
             room: makes the tensor for what flows out.
         """
-        y_NTD, copies = torch.empty(0), replicas(tensors, self.devices)
+        devices = sharers(block_fn, self.devices)
+        y_NTD, copies = torch.empty(0), replicas(tensors, devices)
         batches = torch.arange(len(x_NTD)).split(self.batch_size)
         shared = self.ranks.size if len(batches) >= self.ranks.size else 1  # else each computes all
         owned = owners(len(batches), shared)
         mine = [rows_B for rows_B, owner in zip(batches, owned, strict=True) if owner == self.ranks.rank or shared == 1]
         with torch.no_grad():
-            for rows_B, device in zip(mine, itertools.cycle(self.devices), strict=False):
+            for rows_B, device in zip(mine, itertools.cycle(devices), strict=False):
                 y_BTD = block_fn(copies[device], bound(template, x_NTD, rows_B, device))
                 y_NTD = y_NTD if len(y_NTD) else room((len(x_NTD), *y_BTD.shape[1:]), y_BTD.dtype, x_NTD.device)
                 y_NTD[rows_B] = y_BTD.to(y_NTD.device)
@@ -82,7 +84,7 @@ class Passes:
         """
         if not rows:
             return init.Observed({}, {}, {})
-        x_NTD, valid_NT, home = inputs.stream.quantized_NTD, inputs.valid_NT, self.devices[0]
+        x_NTD, valid_NT, home = inputs.stream.quantized_NTD, inputs.valid_NT, sharers(block_fn, self.devices)[0]
         batches = torch.arange(rows).split(self.batch_size)
         calls = ((bound(inputs.template, x_NTD, rows_B, home), valid_NT[rows_B].to(home)) for rows_B in batches)
         return init.observe_inputs(block_fn, tensors, calls, specs, hessians=hessians)

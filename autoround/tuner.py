@@ -21,6 +21,7 @@ from autoround.func import init
 from autoround.func.experts import also_in_turn, in_even_groups, restore
 from autoround.func.types import BlockFunction
 from autoround.passes import Passes, bound, replicas
+from autoround.placement import SpreadFn, sharers
 from autoround.ranks import ALONE, Ranks, owners_by_size, summed
 from autoround.recipe import Recipe
 from autoround.schedule import batch_rows, make_optimizer
@@ -56,7 +57,7 @@ class BlockTuner:
         recipe: the settings.
         numerics: dtype and whether to compile.
         devices: where blocks run; rows may live elsewhere. Of several, each computes its share of the rows, and the
-            first one does the rest.
+            first one does the rest, but for blocks that are spread over them.
         on_step: called with (steps done, loss reader) after every step.
         ranks: processes that tune the same blocks, each with one device, and share the rows.
     """
@@ -87,8 +88,8 @@ class BlockTuner:
 
         Args:
             index: its place in call order; with the recipe's seed it decides the batches.
-            block_fn: the lifted block.
-            tensors: all its parameters and buffers, on the first device; linear weights (O, I).
+            block_fn: the lifted block, maybe one that is spread over devices.
+            tensors: all its parameters and buffers, on the first device or where it computes; linear weights (O, I).
             specs: layer path relative to the block -> how its weight is stored.
             inputs: None rounds to nearest without any data.
 
@@ -190,8 +191,9 @@ class BlockTuner:
     def _errors(
         self, weight_NS: Tensor, scale_CN: Tensor, shift_CN: Tensor, moment_NS: Tensor, spec: func.WeightSpec
     ) -> Tensor:
-        """``rounding_errors``, compiled apart for each group size: torch compiles one function a few times only."""
-        errors = self._once(("rounding_errors", weight_NS.shape), lambda: init.rounding_errors)
+        """``rounding_errors``, compiled apart for each size and device: torch compiles one function a few times only."""
+        key = ("rounding_errors", weight_NS.shape, weight_NS.device)
+        errors = self._once(key, lambda: init.rounding_errors, self._numerics.compiler)
         error_CN: Tensor = errors(weight_NS, scale_CN, shift_CN, moment_NS, spec)
         return error_CN
 
@@ -202,14 +204,14 @@ class BlockTuner:
 
         A step is taken on a copy of the block, which nobody else calls, and thrown away.
         """
-        apart, key = len(self._places()) > 1, self._key(block_fn, fusion)
-        idle = self._numerics.compiler is None or not self._recipe.iters or not weights.tuned
-        if idle or apart or ("step", *key) in self._compiled:
+        places, key = self._places(block_fn), self._key(block_fn, fusion)
+        idle = self._compiler(block_fn) is None or not self._recipe.iters or not weights.tuned
+        if idle or len(places) > 1 or ("step", *key) in self._compiled:
             return lambda: None
         step = self._step(func.make_block_fn(block_fn.skeleton), fusion, key)
         own = weights._replace(tuned=fusion.merge(weights.tuned))
         state = self._state(fusion.merge(func.init_params(weights.tuned)), fusion)
-        ((batch,), *_) = self._batches(index, inputs, inputs.stream.quantized_NTD, self._places(), steps=1)
+        ((batch,), *_) = self._batches(index, inputs, inputs.stream.quantized_NTD, places, steps=1)
 
         def compile_step() -> None:
             torch.set_num_threads(self._numerics.threads)  # compiled code is for so many
@@ -228,7 +230,7 @@ class BlockTuner:
         """All steps of a block, each over one batch, or over micro-batches that the devices share."""
         if not params:  # all its layers are kept
             return func.TuneResult(params, torch.zeros(0))
-        state, key, places = self._state(params, fusion), self._key(block_fn, fusion), self._places()
+        state, key, places = self._state(params, fusion), self._key(block_fn, fusion), self._places(block_fn)
         own: Any = weights
         rows: Iterator[Any] = batches(places)
         if len(places) == 1:
@@ -236,8 +238,9 @@ class BlockTuner:
             rows = (batch for (batch,) in rows)
         else:
             make = partial(func.make_gradient, self._lifted(block_fn, fusion), fusion.specs, dtype=self._dtype)
-            gradients = [self._once(("gradient", device, *key), make) for device in places]
-            update = self._once(("update", *key), partial(func.make_update, self._optimizer(fusion), fusion.specs))
+            compiler, optimizer = self._compiler(block_fn), self._optimizer(fusion)
+            gradients = [self._once(("gradient", device, *key), make, compiler) for device in places]
+            update = self._once(("update", *key), partial(func.make_update, optimizer, fusion.specs), compiler)
             copies = replicas(weights, places)
             step = func.accumulate(gradients, update, total=partial(summed, self._ranks))
             own = [copies[device] for device in places]
@@ -255,21 +258,26 @@ class BlockTuner:
 
     def _step(self, block_fn: func.BlockFn, fusion: func.Fusion, key: tuple[Any, ...]) -> Any:
         lifted, optimizer = self._lifted(block_fn, fusion), self._optimizer(fusion)
-        return self._once(("step", *key), partial(func.make_step, lifted, fusion.specs, optimizer, dtype=self._dtype))
+        make = partial(func.make_step, lifted, fusion.specs, optimizer, dtype=self._dtype)
+        return self._once(("step", *key), make, self._compiler(block_fn))
 
     def _lifted(self, block_fn: func.BlockFn, fusion: func.Fusion) -> BlockFunction:
         """The block as steps take it."""
         return fusion.lift(in_even_groups(block_fn, EXPERT_ROWS) if self._numerics.device == "cpu" else block_fn)
 
-    def _places(self) -> list[torch.device]:
+    def _places(self, block_fn: func.BlockFn) -> list[torch.device]:
         """The device of each micro-batch of a step: neighbours share one."""
-        parts = self._numerics.micro_batches
-        return [self._devices[part * len(self._devices) // parts] for part in range(parts)]
+        parts, devices = self._numerics.micro_batches, sharers(block_fn, self._devices)
+        return [devices[part * len(devices) // parts] for part in range(parts)]
 
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+    def _compiler(self, block_fn: func.BlockFn) -> str | None:
+        """A block that is spread over devices runs uncompiled."""
+        return None if isinstance(block_fn, SpreadFn) else self._numerics.compiler
+
+    def _once(self, key: Any, make: Callable[[], Any], compiler: str | None) -> Any:
         """A function made, and compiled, once per key for the whole run."""
         if key not in self._compiled:
-            self._compiled[key] = jit(make(), compiler=self._numerics.compiler)
+            self._compiled[key] = jit(make(), compiler=compiler)
         return self._compiled[key]
 
     def _batches(

@@ -73,6 +73,10 @@ class Backend(Protocol):
         """Memory this process holds on its devices, in bytes."""
         ...
 
+    def device_bytes(self, device: torch.device) -> int | None:
+        """Memory that a device has in all, in bytes; None where that is not known, or the host's."""
+        ...
+
     def release_memory(self) -> None:
         """Hand memory that was freed back to the system."""
         ...

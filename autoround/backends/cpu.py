@@ -43,6 +43,11 @@ class CpuBackend:
         """Resident memory of this process."""
         return int(psutil.Process().memory_info().rss)
 
+    def device_bytes(self, device: torch.device) -> int | None:
+        """It has the host's memory."""
+        del device  # the only one
+        return None
+
     def release_memory(self) -> None:
         """Glibc's allocator keeps what was freed between two live pieces until it is told to give it back."""
         gc.collect()

@@ -36,6 +36,10 @@ class GpuBackend(Accelerator):
         """Memory that torch holds on all of them."""
         return sum(int(self._torch.memory_allocated(index)) for index in range(self.count()))
 
+    def device_bytes(self, device: torch.device) -> int | None:
+        """All of the memory of one of them, whoever uses it, so that a run that goes on finds the same."""
+        return int(self._torch.get_device_properties(device).total_memory)
+
     def release_memory(self) -> None:
         """Empty torch's cache of freed memory."""
         gc.collect()

@@ -1,0 +1,156 @@
+"""Blocks that are too large for one device: which of their modules compute where, and the moves between them."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoround import func
+from autoround.backends.base import Backend
+from autoround.log import LOGGER
+from autoround.recipe import Recipe
+
+# Of a device's memory, what weights and all that is tuned with them may take; rows and what they become take the rest.
+# An estimate: how much that is depends on the block.
+WEIGHTS_SHARE = 0.7
+# Bytes for each weight of a block that is quantized in steps or without, and what some settings add. Counted by
+# tests/engine/test_placement.py while the tuner runs on tensors without data.
+STEPS_BYTES, ROUNDED_BYTES = 38, 20
+MORE_BYTES: Mapping[str, int] = {"best": 10, "momentum": 10, "adam": 23}
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SpreadFn(func.BlockFn):
+    """A block whose modules compute on several devices; it is called with tensors on the first of them.
+
+    Attributes:
+        places: module path -> device of the module and of what is below it; "" is the block itself.
+    """
+
+    places: dict[str, torch.device]
+
+    def sent(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each tensor of the block where it computes."""
+        return {name: tensor.to(_device(self.places, name)) for name, tensor in tensors.items()}
+
+
+def fitted(block_fn: func.BlockFn, recipe: Recipe, backend: Backend, devices: Sequence[torch.device]) -> func.BlockFn:
+    """The block itself where the first device has room to tune it, or its memory is not known; else spread over all.
+
+    Args:
+        block_fn: the lifted block.
+        recipe: the settings.
+        backend: of the devices.
+        devices: where the block may compute; the first one is given its inputs.
+    """
+    sizes = [backend.device_bytes(device) for device in devices]
+    known = [size for size in sizes if size is not None]
+    if len(known) < 2 or len(known) < len(sizes):
+        return block_fn
+    places = place(block_fn.skeleton, [int(WEIGHTS_SHARE * size) // weight_bytes(recipe) for size in known])
+    return spread(block_fn, {path: devices[index] for path, index in places.items()}) if len(places) > 1 else block_fn
+
+
+def weight_bytes(recipe: Recipe) -> int:
+    """Bytes that a block takes for each weight while it is quantized, its rows apart."""
+    if not recipe.iters:
+        return ROUNDED_BYTES
+    family = MORE_BYTES["adam"] if recipe.adam else MORE_BYTES["momentum"] if recipe.momentum else 0
+    return STEPS_BYTES + family + (MORE_BYTES["best"] if recipe.keep == "best" else 0)
+
+
+def place(block: nn.Module, rooms: Sequence[int]) -> dict[str, int]:
+    """Choose a device for each module, the largest first, as much of a module together as one device has room for.
+
+    A module that no device has room for and that has no parts goes where most room is.
+
+    Args:
+        block: its tensors may be on the meta device.
+        rooms: how many weights each device has room for.
+
+    Returns:
+        Module path -> index of its device, for modules whose device is not that of the module around them; "" -> 0, the
+        block itself, alone where the first device has room for all of it.
+
+    >>> block = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Sequential(nn.Linear(4, 8, bias=False), nn.ReLU()))
+    >>> place(block, [48, 48]), place(block, [40, 20])
+    ({'': 0}, {'': 0, '1': 0, '0': 1})
+    """
+    from accelerate.utils import compute_module_sizes
+
+    sizes = compute_module_sizes(block, dtype=torch.int8)  # a byte for each weight
+    if sizes[""] <= rooms[0]:
+        return {"": 0}
+    free, places, waiting = list(rooms), {"": 0}, {"": block}
+    while waiting:
+        path = max(waiting, key=lambda own: sizes[own])
+        module, target = waiting.pop(path), max(range(len(free)), key=lambda index: free[index])
+        parts = {f"{path}.{name}".lstrip("."): part for name, part in module.named_children()}
+        if path and not _is_container(module) and (sizes[path] <= free[target] or not parts):
+            places[path] = target
+            free[target] -= sizes[path]
+        else:
+            waiting |= {own: part for own, part in parts.items() if sizes[own]}
+            free[0] -= sizes[path] - sum(sizes[own] for own in parts)
+    return places
+
+
+def spread(block_fn: func.BlockFn, places: Mapping[str, torch.device]) -> SpreadFn:
+    """A block of which some modules compute elsewhere: their inputs are sent there, and their outputs back.
+
+    Args:
+        block_fn: the lifted block.
+        places: module path -> device of the module and of what is below it, unless that is named too; "" is the block.
+
+    >>> block = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    >>> block_fn = spread(func.make_block_fn(block), {"": torch.device("cpu"), "0": torch.device("cpu", 0)})
+    >>> x = torch.ones(1, 2, 4)
+    >>> torch.equal(block_fn(block_fn.sent(block.state_dict()), func.Call((x,), {})), block(x))
+    True
+    """
+    skeleton, own = copy.deepcopy(block_fn.skeleton), dict(places)
+    for path, module in skeleton.named_modules():
+        if path in own and _is_container(module):  # nobody calls it
+            device = own.pop(path)
+            own = {f"{path}.{name}": device for name, _ in module.named_children()} | own
+    for path in own.keys() - {""}:
+        module = skeleton.get_submodule(path)
+        module.register_forward_pre_hook(partial(_enter, own[path]), with_kwargs=True)
+        module.register_forward_hook(partial(_leave, _device(own, path.rpartition(".")[0])))
+    names = ",".join(f"{path}={device}" for path, device in sorted(own.items()))
+    LOGGER.info("a block is spread over devices: %s", names)
+    return SpreadFn(skeleton, f"{block_fn.signature}@{names}", block_fn.transposed, block_fn.stacks, own)
+
+
+def sharers(block_fn: func.BlockFn, devices: Sequence[torch.device]) -> Sequence[torch.device]:
+    """The devices that share the rows of a block: all of them, or the first one of those that it is spread over."""
+    return (block_fn.places[""],) if isinstance(block_fn, SpreadFn) else devices
+
+
+def _device(places: Mapping[str, torch.device], name: str) -> torch.device:
+    """Where a module or tensor is: as the innermost named module around it."""
+    while name not in places:
+        name = name.rpartition(".")[0]
+    return places[name]
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList | nn.ModuleDict)
+
+
+def _enter(device: torch.device, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    from accelerate.utils import send_to_device
+
+    del module  # the hook's signature
+    return send_to_device(args, device), send_to_device(kwargs, device)
+
+
+def _leave(device: torch.device, module: nn.Module, args: Any, output: Any) -> Any:
+    from accelerate.utils import send_to_device
+
+    del module, args  # the hook's signature
+    return send_to_device(output, device)
