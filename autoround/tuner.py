@@ -191,7 +191,7 @@ class BlockTuner:
     def _errors(
         self, weight_NS: Tensor, scale_CN: Tensor, shift_CN: Tensor, moment_NS: Tensor, spec: func.WeightSpec
     ) -> Tensor:
-        """``rounding_errors``, compiled apart for each size and device: torch compiles one function a few times only."""
+        """``rounding_errors``, compiled apart for each size and device: torch compiles a function a few times only."""
         key = ("rounding_errors", weight_NS.shape, weight_NS.device)
         errors = self._once(key, lambda: init.rounding_errors, self._numerics.compiler)
         error_CN: Tensor = errors(weight_NS, scale_CN, shift_CN, moment_NS, spec)
