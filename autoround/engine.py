@@ -135,13 +135,14 @@ class Run:
         self._head = shape.head
         recorded = {**needed_numerics(self.model.config.model_type), **recorded}
         self.plan: Plan = with_extra(plan_run(recipe, self.model, shape, format_rules), self.model.source.extra())
-        parts = launch.parts if launch else len(self._devices)
+        parts = launch.parts if launch and recipe.parallel == "data" else len(self._devices)
         self._numerics = choose_numerics(recipe, self.plan, self._backend, parts, {"attention": attention, **recorded})
         free, dtype = min(free_bytes().values()), self._numerics.torch_dtype
         free //= launch.local_size if launch else 1
         self._place = choose_place(recipe, self.model, dtype, self._device, free)
         listen = on_progress if self._first else None
-        self._meter = Meter(len(self.plan.parts), recipe.iters, self._backend.memory_bytes, listen)
+        abreast = self._ranks.size if recipe.parallel == "blocks" else 1
+        self._meter = Meter(len(self.plan.parts), recipe.iters, self._backend.memory_bytes, listen, abreast)
         self._journal: Journal | None = None
         self._lock: BaseFileLock | None = None  # of a journal that is there; held from before the first work on
         self._origin = origin(

@@ -1,11 +1,14 @@
 """The one loop over blocks: read, tune, journal, and begin a block again with less at a time where memory runs out."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from autoround import func
 from autoround.activations import Inputs, Place, Stream
@@ -22,11 +25,12 @@ from autoround.model.load import OpenModel
 from autoround.model.media import Media
 from autoround.model.read import read_block
 from autoround.numerics import divided, ran_out
+from autoround.passes import Passes
 from autoround.plan import Plan
 from autoround.progress import BlockDone, Meter
-from autoround.ranks import Ranks, compare
+from autoround.ranks import ALONE, Ranks, compare, turns
 from autoround.recipe import Recipe
-from autoround.tuner import MOMENT_ROWS, BlockTuner, Tuned
+from autoround.tuner import MOMENT_ROWS, BlockTuner, Tuned, cast
 
 
 @dataclass(kw_only=True)
@@ -69,26 +73,23 @@ class BlockLoop:
             AutoRoundError: a block cannot be tuned or kept; names the layer or the file.
         """
         blocks, count = self.plan.blocks, len(self.plan.parts)
-        templates, stream = self._captured(calibration, start)
-        for index in range(start, len(blocks)):
-            if stream is None or calibration is None:
-                tuned = self._tuned(index, None)
-            else:
-                tuned = self._tuned(index, Inputs(templates[index], stream, calibration.valid_NT))
-            compare(self.ranks, blocks[index].path, tuned.codes)
-            stream = tuned.stream
-            if stream is not None and index + 1 < count:
-                self.journal.activations.write(index, stream._asdict())
-            stats = _stats(tuned.losses_K) | token_stats(tuned.tokens)
-            self.journal.write_block(index, tuned.codes, stats)
-            yield self.meter.end(index, blocks[index].path, told(stats))
+        self._capture(calibration, start)
+        for turn in turns(start, len(blocks), self.ranks.size if self._apart else 1):
+            for index, codes, stats in self._done(turn, self._tuned(turn)):
+                self.journal.write_block(index, codes, stats)
+                yield self.meter.end(index, blocks[index].path, told(stats))
         if len(blocks) < count:
             title = self.plan.parts[-1].title
             self.meter.begin(len(blocks), title)
-            codes = self._outside(stream, calibration)
+            codes = self._outside(calibration)
             compare(self.ranks, title, codes)
             self.journal.write_block(len(blocks), codes, {})
             yield self.meter.end(len(blocks), title, {})
+
+    @property
+    def _apart(self) -> bool:
+        """Whether blocks are tuned on float rows, each by one rank; else all ranks share the rows of each block."""
+        return self.recipe.parallel == "blocks"
 
     def _make_tuner(self) -> BlockTuner:
         recipe = self.recipe
@@ -98,35 +99,85 @@ class BlockLoop:
             self.numerics,
             self.devices,
             on_step=lambda done, loss: self.meter.step(done, tokens, loss),
-            ranks=self.ranks,
+            ranks=ALONE if self._apart else self.ranks,
         )
 
-    def _tuned(self, index: int, inputs: Inputs | None) -> Tuned:
-        """A tuned block, from its begin again whenever memory runs out and something can be changed."""
+    def _tuned(self, turn: range) -> Tuned | None:
+        """This rank's block, begun again where memory runs out and something can be changed; what flows on is kept."""
         while True:
             try:
-                return self._attempt(index, inputs)
+                tuned, self._stream = self._attempt(turn)
+                return tuned
             except (RuntimeError, MemoryError) as error:
                 if not ran_out(error):
                     raise
                 cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-            inputs = self._with_less(index, inputs, cause)  # the failed attempt's tensors are gone by now
+            self._with_less(turn[0], cause)  # the failed attempt's tensors are gone by now
 
-    def _attempt(self, index: int, inputs: Inputs | None) -> Tuned:
-        block = self.plan.blocks[index]
-        self.meter.begin(index, block.path)
-        if inputs is not None:
-            inputs = inputs._replace(empty=self.place.empty(self.journal.activations, index))
+    def _attempt(self, turn: range) -> tuple[Tuned | None, Stream | None]:
+        """This rank's block, where it has one, and what flows into the next turn."""
+        own = next((index for index in turn if not self._apart or self._owner(index) == self.ranks.rank), None)
+        shown = turn[0] if own is None else own
+        self.meter.begin(shown, self.plan.blocks[shown].path)
+        inputs, stream = self._flow(turn, own)
+        if own is None:
+            return None, stream
+        with self._opened(own) as (block_fn, tensors):
+            tuned = self._tuner.tune(own, block_fn, tensors, self.plan.blocks[own].specs, inputs)
+        return tuned, stream if self._apart else tuned.stream
+
+    def _flow(self, turn: range, own: int | None) -> tuple[Inputs | None, Stream | None]:
+        """What one of the blocks is tuned on, and, where they are tuned apart, what flows out of the last one."""
+        found, stream = None, self._stream
+        for index in turn if stream is not None else ():
+            empty = self.place.empty(self.journal.activations, index)
+            inputs = Inputs(self._templates[index], stream, self._valid_NT, empty)
+            if self._apart:
+                y_NTD = self._passed(index, inputs)
+                inputs, stream = inputs._replace(target_NTD=y_NTD), Stream(y_NTD, y_NTD)
+            found = inputs if index == own else found
+        return found, stream
+
+    def _passed(self, index: int, inputs: Inputs) -> Tensor:
+        """What the float block returns; ranks share the rows."""
+        passes = Passes(batch_size=self.recipe.batch_size, devices=self.devices, ranks=self.ranks)
+        with self._opened(index) as (block_fn, tensors):
+            own, room = cast(tensors, self.numerics.torch_dtype), partial(inputs.empty, "float_NTD")
+            return passes.outputs(block_fn, own, inputs.template, inputs.stream.float_NTD, room)
+
+    @contextmanager
+    def _opened(self, index: int) -> Iterator[tuple[func.BlockFn, dict[str, Tensor]]]:
+        """A block and its tensors, on the first device; errors name it."""
+        path = self.plan.blocks[index].path
         try:
-            block_fn = func.make_block_fn(self.model.skeleton.get_submodule(block.path))
-            tensors = read_block(self.model, block.path, device=self.devices[0])
-            return self._tuner.tune(index, block_fn, tensors, block.specs, inputs)
+            block_fn = func.make_block_fn(self.model.skeleton.get_submodule(path))
+            yield block_fn, read_block(self.model, path, device=self.devices[0])
         except JournalError:  # names a file, not a layer
             raise
         except AutoRoundError as error:
-            raise type(error)(f"{block.path}.{error}") from error
+            raise type(error)(f"{path}.{error}") from error
 
-    def _with_less(self, index: int, inputs: Inputs | None, cause: str) -> Inputs | None:
+    def _owner(self, index: int) -> int:
+        return index % self.ranks.size
+
+    def _done(
+        self, turn: range, tuned: Tuned | None
+    ) -> Iterator[tuple[int, Mapping[str, func.Codes], dict[str, float]]]:
+        """The blocks of a turn, with their codes and numbers to keep, as all ranks know them."""
+        own = None if tuned is None else (tuned.codes, _stats(tuned.losses_K) | token_stats(tuned.tokens))
+        if self._apart:
+            own = tree_map_only(Tensor, lambda tensor: tensor.to("cpu", copy=True), own)
+            for index in turn:
+                codes, stats = self.ranks.tell(own, self._owner(index))
+                yield index, codes, stats
+        elif own is not None:
+            index, path = turn[0], self.plan.blocks[turn[0]].path
+            compare(self.ranks, path, own[0])
+            if self._stream is not None and index + 1 < len(self.plan.parts):
+                self.journal.activations.write(index, self._stream._asdict())
+            yield index, *own
+
+    def _with_less(self, index: int, cause: str) -> None:
         """Change what takes memory: first how a step is divided, which the journal records, then where rows lie.
 
         Raises:
@@ -138,14 +189,14 @@ class BlockLoop:
                 f"{path}: memory ran out on rank {self.ranks.rank} ({cause}); needed more; start again with "
                 "fewer ranks on a machine: finished blocks are kept"
             )
-        if inputs is not None and (finer := divided(self.numerics, self.recipe)):
+        if self._stream is not None and (finer := divided(self.numerics, self.recipe)):
             change = f"steps in {finer.micro_batches} parts, not {self.numerics.micro_batches}"
             self.numerics = finer
             self.journal.record(numerics=dataclasses.asdict(finer))
-        elif inputs is not None and (place := self.place.roomier()):
+        elif self._stream is not None and (place := self.place.roomier()):
             change = f"activations {place}, not {self.place}"
             self.place = place
-            inputs = inputs._replace(stream=place.moved(self.journal.activations, index, inputs.stream, kept=True))
+            self._stream = place.moved(self.journal.activations, index, self._stream, kept=not self._apart)
         else:
             raise ModelError(
                 f"{path}: memory ran out ({cause}) with as little of it in use as settings allow; needed more; use a "
@@ -154,10 +205,10 @@ class BlockLoop:
         LOGGER.warning("%s: memory ran out (%s); begins again with %s", path, cause, change)
         self._tuner = self._make_tuner()
         self.backend.release_memory()
-        return inputs
 
-    def _outside(self, stream: Stream | None, calibration: Calibration | None) -> dict[str, func.Codes]:
+    def _outside(self, calibration: Calibration | None) -> dict[str, func.Codes]:
         """Codes of the layers outside the blocks; only the head's inputs are known."""
+        stream = self._stream
         specs, moments, device = self.plan.parts[-1].specs, {}, self.devices[0]
         head = self.head
         if head and head not in specs:  # it may compute with the weight of another one
@@ -172,13 +223,16 @@ class BlockLoop:
         weights = ((path, read_weight(self.model, path, device=device)) for path in specs)
         return {path: self._tuner.quantize_layer(path, own, specs[path], moments.get(path)) for path, own in weights}
 
-    def _captured(self, calibration: Calibration | None, start: int) -> tuple[tuple[CallTemplate, ...], Stream | None]:
-        """How every block is called, and what flows into block ``start``; nothing where there is no data."""
+    def _capture(self, calibration: Calibration | None, start: int) -> None:
+        """Learn how every block is called, and what flows into block ``start``; nothing where there is no data."""
+        self._templates: Sequence[CallTemplate] = ()
+        self._stream: Stream | None = None
         if calibration is None:
-            return (), None
+            return
         self.meter.phase("calibration", f"capturing the calls of all blocks; activations lie {self.place}")
         home = self.place.home
-        captured = capture(
+        self._valid_NT = calibration.valid_NT
+        hidden_NTD, self._templates = capture(
             self.model,
             calibration.tokens_NT.to(home),
             calibration.valid_NT.to(home),
@@ -187,9 +241,13 @@ class BlockLoop:
             device=self.devices[0],
             dtype=self.numerics.torch_dtype,
         )
-        if start == 0:
-            return captured.templates, self.place.first(self.journal.activations, captured.hidden_NTD)
-        return captured.templates, self._kept(start)
+        if start and not self._apart:
+            self._stream = self._kept(start)
+            return
+        self._stream = self.place.first(self.journal.activations, hidden_NTD)
+        if start:
+            self.meter.phase("calibration", "passing rows through finished blocks")
+            _, self._stream = self._flow(range(start), None)
 
     def _kept(self, start: int) -> Stream:
         """What flows into a block, as the first rank kept it."""

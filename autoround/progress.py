@@ -63,12 +63,26 @@ class BlockDone:
 
 
 class Meter:
-    """Turns the engine's steps into ``Progress`` events, at most a few a second."""
+    """Turns the engine's steps into ``Progress`` events, at most a few a second.
+
+    Args:
+        blocks: of the run.
+        steps: of each block.
+        memory: bytes held on the device.
+        listen: where events go.
+        abreast: blocks that are tuned at the same time, each by another process.
+    """
 
     def __init__(
-        self, blocks: int, steps: int, memory: Callable[[], int], listen: Callable[[Progress], None] | None
+        self,
+        blocks: int,
+        steps: int,
+        memory: Callable[[], int],
+        listen: Callable[[Progress], None] | None,
+        abreast: int = 1,
     ) -> None:
         self._blocks, self._steps, self._memory, self._listen = blocks, steps, memory, listen
+        self._abreast = abreast
         self._start = time.monotonic()
         self._block, self._reported, self._loss_first = 0, 0.0, 0.0
         # Of the current block: when it began, when its first step was done, and its latest.
@@ -97,7 +111,7 @@ class Meter:
         self._block = index + 1
         self._block_start = self._tuning_start = self._step_end = time.monotonic()
         usual = median(self._taken[1:] or self._taken) if self._taken else None
-        self._tell("tuning", path, None if usual is None else usual * (self._blocks - index))
+        self._tell("tuning", path, None if usual is None else usual * (1 + self._turns_left()))
 
     def step(self, step: int, tokens: int, loss: Callable[[], float]) -> None:
         """A tuning step of so many tokens is done; its loss is read only when it is time to report."""
@@ -123,7 +137,7 @@ class Meter:
         """
         pace = (now - self._tuning_start) / (step - 1) if step > 1 else 0.0
         if not self._taken:
-            return pace * (self._steps * (self._blocks - self._block + 1) - step + 1) if step > 1 else None
+            return pace * (self._steps * (self._turns_left() + 1) - step + 1) if step > 1 else None
         usual = self._tuning_start - self._block_start + self._after_first
         if len(self._taken) > 1:
             usual = median(self._taken[1:])
@@ -131,7 +145,11 @@ class Meter:
         by_pace = pace * (self._steps - step) + self._after_last
         by_latest = max(self._after_first - (now - self._tuning_start), 0.0)
         here = share * by_pace + (1 - share) * by_latest
-        return here + usual * (self._blocks - self._block)
+        return here + usual * self._turns_left()
+
+    def _turns_left(self) -> int:
+        """How often this process has a block after the current one, or waits for others that have."""
+        return (self._blocks - self._block) // self._abreast
 
     def end(self, index: int, path: str, stats: Mapping[str, Any]) -> BlockDone:
         """A block is finished."""

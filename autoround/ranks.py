@@ -41,8 +41,8 @@ class Ranks(Protocol):
     rank: int
     size: int
 
-    def tell(self, value: T) -> T:
-        """What the first rank gave."""
+    def tell(self, value: T, source: int = 0) -> T:
+        """What one rank gave, the first one where nothing else is said."""
         ...
 
     def gather(self, value: T) -> list[T]:
@@ -59,7 +59,7 @@ class Alone:
 
     rank, size = 0, 1
 
-    def tell(self, value: T) -> T:
+    def tell(self, value: T, source: int = 0) -> T:
         """It has it."""
         return value
 
@@ -80,20 +80,15 @@ class Group:
     def __init__(self, launch: Launch) -> None:
         self.rank, self.size = launch.rank, launch.size
 
-    def tell(self, value: T) -> T:
+    def tell(self, value: T, source: int = 0) -> T:
         """By way of the host's memory, whatever it is."""
         found = [value]
-        distributed.broadcast_object_list(found, src=0, device=torch.device("cpu"))
+        distributed.broadcast_object_list(found, src=source, device=torch.device("cpu"))
         return found[0]
 
     def gather(self, value: T) -> list[T]:
         """Each tells in turn."""
-        found: list[T] = []
-        for rank in range(self.size):
-            told = [value]
-            distributed.broadcast_object_list(told, src=rank, device=torch.device("cpu"))
-            found.append(told[0])
-        return found
+        return [self.tell(value, rank) for rank in range(self.size)]
 
     def share(self, owners: Sequence[int], tensors: Sequence[Tensor]) -> None:
         """All at once, byte for byte."""
@@ -127,6 +122,15 @@ def owners(count: int, size: int) -> list[int]:
     ([0, 0, 1, 1], [0, 0, 0, 1, 1])
     """
     return [index * size // count for index in range(count)]
+
+
+def turns(start: int, stop: int, size: int) -> list[range]:
+    """Blocks that are tuned at the same time: neighbours, as many as there are ranks.
+
+    >>> turns(1, 6, 2)
+    [range(1, 3), range(3, 5), range(5, 6)]
+    """
+    return [range(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 def owners_by_size(sizes: Mapping[str, int], size: int) -> dict[str, int]:

@@ -101,6 +101,10 @@ class Recipe:
         "auto", "where calibration activations lie: ram, disk (memory-mapped files of the journal), or auto: on the "
         "disk where they would take more than half of the free memory; the result is the same", "device",
         choices=("ram", "disk", "auto"))
+    parallel: Literal["data", "blocks"] = option(
+        "data", "what the processes that torchrun starts share: the rows of every step (data), or the blocks, each of "
+        "which one process tunes on what the float model makes of the rows: faster, a little less accurate", "device",
+        choices=("data", "blocks"))
     torch_compile: bool | None = option(
         None, "compile the tuning step; on where it helps when unset", "device", "enable_torch_compile",
         off_flags=("disable_torch_compile",))

@@ -1,7 +1,8 @@
 """One of the processes that torchrun starts for the tests: does what it is ordered, one run after another.
 
-Usage: python -m torch.distributed.run … ranked.py FOLDER ORDERS, where FOLDER holds ``source``, a model. ORDERS is a
-JSON list of [kind, name, settings]; a run writes to FOLDER/name. What this rank has to tell is in FOLDER/name.RANK.
+Usage: python -m torch.distributed.run … ranked.py FOLDER ORDERS, where FOLDER holds models: ``source``, and ``three``,
+which has three blocks. ORDERS is a JSON list of [kind, name, settings]; a run writes to FOLDER/name. What this rank has
+to tell is in FOLDER/name.RANK.
 """
 
 import io
@@ -11,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,20 @@ def run(folder: Path, name: str, settings: dict[str, Any]) -> str:
     done = [each.resumed for each in made]
     made.export()
     return f"{done}"
+
+
+def run_blocks(folder: Path, name: str, settings: dict[str, Any]) -> str:
+    """Each rank tunes blocks of its own."""
+    made = quantize(folder / "three", shared_recipe(folder / name, parallel="blocks", **settings))
+    done = [each.resumed for each in made]
+    made.export()
+    return f"{done}"
+
+
+def run_left(folder: Path, name: str, settings: dict[str, Any]) -> str:
+    """As ``run_blocks``, left in the midst of the blocks that are tuned at the same time."""
+    made = quantize(folder / "three", shared_recipe(folder / name, parallel="blocks", **settings))
+    return f"{[done.path for done in islice(made, 1)]}"
 
 
 def run_apart(folder: Path, name: str, settings: dict[str, Any]) -> str:
@@ -93,6 +109,7 @@ def run_command(folder: Path, name: str, settings: dict[str, Any]) -> str:
 
 KINDS: dict[str, Callable[[Path, str, dict[str, Any]], str]] = {
     "run": run, "apart": run_apart, "astray": run_astray, "killed": run_killed, "command": run_command,
+    "blocks": run_blocks, "left": run_left,
 }  # fmt: skip
 
 

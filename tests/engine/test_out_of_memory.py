@@ -19,6 +19,7 @@ from autoround.tuner import BlockTuner
 from tests.engine.small import codes, equal_share, hashes, make, pin, recipe
 
 Tight = Callable[..., None]
+APART = {"batch_size": 1, "parallel": "blocks"}
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_then_rows_go_to_the_disk_and_then_there_is_an_error(
 
 
 @pytest.mark.parametrize("block", [0, 1])
-@pytest.mark.parametrize("settings", [{"iters": 0, "clip_search": True}, {"batch_size": 1}])
+@pytest.mark.parametrize("settings", [{"iters": 0, "clip_search": True}, {"batch_size": 1}, APART])
 def test_rows_on_the_disk_change_nothing(
     block: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -45,6 +45,20 @@ class Clock:
         return self.now
 
 
+def test_blocks_abreast_of_others_take_no_time_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of nine blocks, three at a time, each turn takes ten seconds."""
+    clock, events = Clock(), list[Progress]()
+    monkeypatch.setattr("autoround.progress.time", clock)
+    own = Meter(9, 10, lambda: 123, events.append, abreast=3)
+    for turn in (0, 3, 6):
+        own.begin(turn, "layers")
+        if turn:
+            assert events[-1].eta_seconds == pytest.approx(10 * (3 - turn // 3))
+        clock.now += 10
+        for index in range(turn, turn + 3):
+            assert own.end(index, "layers", {}).seconds == 10
+
+
 # What a block takes beside the others: they differ by a tenth.
 BLOCKS = st.lists(st.floats(0.95, 1.05), min_size=4, max_size=30)
 # Seconds before the first step, of ten steps, and after the last one.

@@ -17,12 +17,12 @@ from autoround import func
 from autoround.backends.base import of_rank
 from autoround.backends.gpu import GpuBackend
 from autoround.engine import quantize
-from autoround.errors import AutoRoundError, UsageError
+from autoround.errors import AutoRoundError, JournalError, UsageError
 from autoround.func.types import IntCodes
 from autoround.journal import read_manifest
 from autoround.launch import Launch, launched
 from autoround.ranks import ALONE, Alone, agree, compare, join, owners, summed
-from tests.engine.small import hashes, make
+from tests.engine.small import codes, hashes, make, recipe, stopped, tune
 
 CHILD = Path(__file__).with_name("ranked.py")
 ROOT = CHILD.parents[2]
@@ -50,6 +50,7 @@ def told(folder: Path, name: str, ranks: int) -> list[str]:
 def test_one_two_and_four_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every byte is the same, also of a run that lost a process and went on with more of them, or with one."""
     make("llama").save_pretrained(tmp_path / "source")
+    make("llama_3").save_pretrained(tmp_path / "three")
     one = start(tmp_path, 1, ("run", "one", {}))
     assert one.returncode == 0, one.stderr
     whole = hashes(tmp_path / "one" / "out")
@@ -62,9 +63,14 @@ def test_one_two_and_four_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     disk = {"activations": "disk"}
     orders = [("run", "two", {}), ("apart", "apart", {}), ("astray", "astray", {}), ("command", "command", {})]
-    two = start(tmp_path, 2, *orders, ("run", "disk", disk))
+    apart = [("blocks", "blocks_2", {}), ("left", "left", {}), ("blocks", "blocks_disk", disk)]
+    two = start(tmp_path, 2, *orders, ("run", "disk", disk), *apart)
     assert two.returncode == 0, two.stderr
-    four = start(tmp_path, 4, ("run", "four", {}), ("run", "killed", {}))
+    left = tmp_path / "left" / "out.journal" / "blocks"
+    assert [path.name for path in left.iterdir()] == ["00000.safetensors"]
+    shutil.copytree(tmp_path / "left", tmp_path / "left_alone")
+    apart = [("blocks", "blocks_4", {}), ("blocks", "left", {})]
+    four = start(tmp_path, 4, ("run", "four", {}), ("run", "killed", {}), *apart)
     assert four.returncode == 0, four.stderr
     assert told(tmp_path, "killed", 4) == ["[True, False]"] * 4
     for name in ("two", "four", "killed", "disk"):
@@ -80,6 +86,12 @@ def test_one_two_and_four_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     alone.export()
     assert hashes(tmp_path / "alone" / "out") == whole
 
+    assert told(tmp_path, "left", 4) == ["[True, False, False]"] * 4
+    for name in ("blocks", "left_alone"):
+        quantize(tmp_path / "three", shared_recipe(tmp_path / name, parallel="blocks")).export()
+    for name in ("left_alone", "left", "blocks_2", "blocks_4", "blocks_disk"):
+        assert hashes(tmp_path / name / "out") == hashes(tmp_path / "blocks" / "out"), name
+
     for text in told(tmp_path, "apart", 2):
         assert text.startswith("UsageError: rank 1: seed: found 1; needed 0")
     assert not (tmp_path / "apart").exists()
@@ -88,6 +100,32 @@ def test_one_two_and_four_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     kept = tmp_path / "astray" / "out.journal" / "blocks"
     assert [path.name for path in kept.iterdir()] == ["00000.safetensors"]  # not the block that is in doubt
     assert told(tmp_path, "command", 2) == [f"{tmp_path / 'command' / 'out'}\n", ""]
+
+
+def test_blocks_tuned_apart_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """They are tuned on float rows: how the first block is stored says nothing about the others."""
+    whole = tune(make("llama_3"), tmp_path / "whole", parallel="blocks")
+    other = tune(make("llama_3"), tmp_path / "other", parallel="blocks", layer_config={"layers.0": {"bits": 8}})
+    chain = tune(make("llama_3"), tmp_path / "chain")
+    found, others, chained = codes(whole), codes(other), codes(chain)
+    for path, own in found.items():
+        first = path.startswith("model.layers.0.")
+        assert torch.equal(own.q_OI, others[path].q_OI) == (not first), path
+        assert torch.equal(own.q_OI, chained[path].q_OI) == first, path
+
+
+@pytest.mark.parametrize("settings", [{}, {"activations": "disk"}, {"iters": 0}])
+def test_blocks_tuned_apart_go_on_from_the_journal(settings: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("whole", "left"):
+        made = recipe(tmp_path / name, parallel="blocks", **settings)
+        if name == "left":
+            assert len(stopped(make("llama_3"), made, after=2)) == 2
+        run = quantize(make("llama_3"), made)
+        assert [done.resumed for done in run] == [name == "left"] * 2 + [False]
+        run.export()
+    assert hashes(tmp_path / "left" / "out") == hashes(tmp_path / "whole" / "out")
+    with pytest.raises(JournalError, match=r"recipe\.parallel: was 'blocks', now 'data'"):
+        list(quantize(make("llama_3"), recipe(tmp_path / "left", **settings)))
 
 
 # Sums
