@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from autoround.data.python_docs import python_docs
-from benchmarks import machine, smollm2
+from benchmarks import machine
 from benchmarks.cost import measure
 from benchmarks.small_llama import train_tokenizer
 
@@ -48,16 +48,23 @@ def mixture() -> PreTrainedModel:
 
 
 def gpt2() -> PreTrainedModel:
-    """A random GPT-2."""
+    """A random GPT-2, whose head is its embedding."""
     return GPT2LMHeadModel(GPT2Config(**_IDS, n_embd=512, n_layer=6, n_head=8, n_positions=1024))
 
 
-MODELS: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama-12x256": partial(llama, 256, 12),
-    "llama-6x512": partial(llama, 512, 6),
-    "qwen3-moe-4x256": mixture,
-    "gpt2-6x512": gpt2,
-    "smollm2": smollm2.load_float,
+class Case(NamedTuple):
+    """A model, and the words of the command beside those of all runs."""
+
+    make: Callable[[], PreTrainedModel]
+    words: tuple[str, ...] = ()
+
+
+CASES = {
+    "llama-12x256": Case(partial(llama, 256, 12)),
+    "llama-2x1536": Case(partial(llama, 1536, 2)),
+    "gpt2-6x512-head": Case(gpt2, ("--quant_lm_head",)),
+    "llama-4x1024-opt": Case(partial(llama, 1024, 4), ("--iters", "0", "--clip_search")),
+    "qwen3-moe-4x256": Case(mixture),
 }
 
 
@@ -80,16 +87,15 @@ class Outcome(NamedTuple):
 def save(name: str, folder: Path) -> None:
     """Write a model and its tokenizer."""
     torch.manual_seed(0)
-    MODELS[name]().to(torch.bfloat16).save_pretrained(folder)
-    tokenizer = smollm2.load_tokenizer() if name == "smollm2" else train_tokenizer(python_docs(("train",))[:TEXTS])
-    tokenizer.save_pretrained(folder)
+    CASES[name].make().to(torch.bfloat16).save_pretrained(folder)
+    train_tokenizer(python_docs(("train",))[:TEXTS]).save_pretrained(folder)
 
 
 def compare(name: str, words: list[str], work: Path) -> Outcome:
     """Plan a run of a model, do it, and hold the two side by side."""
     save(name, work / "model")
     command = [sys.executable, "-m", "autoround"]
-    words = [str(work / "model"), *words, "--output_dir", str(work / "out")]
+    words = [str(work / "model"), *words, *CASES[name].words, "--output_dir", str(work / "out")]
     measure([*command, "plan", *words, "--log_json"], work / "plan.txt", {})
     lines = (work / "plan.txt").read_text().splitlines()
     plan = next(told for told in map(json.loads, reversed(lines)) if told["event"] == "plan")
@@ -103,7 +109,7 @@ def compare(name: str, words: list[str], work: Path) -> Outcome:
 def run() -> None:
     """Parse options, compare and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)}")
+    parser.add_argument("models", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)}")
     parser.add_argument("--nsamples", default="64")
     parser.add_argument("--seqlen", default="256")
     parser.add_argument("--iters", default="50")

@@ -6,18 +6,22 @@ Legend: N samples, T tokens, D hidden size.
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
+from autoround import func
 from autoround.activations import FLOWS, Inputs, Stream
+from autoround.backends.base import Numerics
 from autoround.forecast.blank import BlankRun, mapped
 from autoround.forecast.count import ByteCount, without_data
 from autoround.forecast.types import BlockNeed, Memory
-from autoround.func import Codes
+from autoround.func import Codes, init
+from autoround.func.compensate import compensate
 from autoround.model.finish import read_weight
 from autoround.model.read import read_block
 from autoround.recipe import Recipe
@@ -103,7 +107,7 @@ def _tuned(blank: BlankRun, index: int) -> tuple[int, int, int]:
         stored = read_block(blank.model, block.path)
         tensors = {name: _empty(tensor, run.device) for name, tensor in stored.items()}
         aims = run.recipe.starved_experts == "route_all"  # then steps have targets of their own
-        tuner = _tuner(blank, on_step=lambda done, loss: mark(FLOWS - 1 + aims))
+        tuner = Countable(*_means(blank), on_step=lambda done, loss: mark(FLOWS - 1 + aims))
         tuned = tuner.tune(index, blank.block_fn(index), tensors, block.specs, _inputs(blank, index, some.nsamples))
         mark(FLOWS)
         codes = code_bytes(tuned.codes)
@@ -132,14 +136,34 @@ def _inputs(blank: BlankRun, index: int, rows: int) -> Inputs | None:
     return Inputs(template, stream, valid_NT)
 
 
-def _tuner(
-    blank: BlankRun, *, on_step: Callable[[int, Callable[[], float]], None] = lambda done, loss: None
-) -> BlockTuner:
-    """The run's tuner, but for the search, which works on slices of bounded size, and most of the steps."""
+class Countable(BlockTuner):
+    """The tuner but for what takes long and holds nothing by itself: most of the search, and rounding in turn."""
+
+    _hessians: Mapping[str, Tensor] = MappingProxyType({})
+
+    def _observe(self, *args: Any) -> init.Observed:
+        observed = super()._observe(*args)
+        self._hessians = observed.hessians
+        return observed._replace(hessians={})
+
+    def _start(
+        self, weights: func.BlockWeights, moments: Mapping[str, Tensor], specs: Mapping[str, func.WeightSpec]
+    ) -> func.Params:
+        """One slice of the search for every way to store a weight: others are as large."""
+        start = func.init_params(weights.tuned)
+        if self._recipe.searches_clips:
+            for spec, path in {spec: path for path, spec in specs.items()}.items():
+                init.search_clips(func.Prepared(*(field[:1] for field in weights.tuned[path])), None, spec)
+        compensate(weights.tuned, start, self._hessians, specs, rounding=lambda columns, spec: None)
+        self._hessians = {}
+        return start
+
+
+def _means(blank: BlankRun) -> tuple[Recipe, Numerics, list[torch.device]]:
+    """What a tuner of few steps, uncompiled, is made with."""
     run = blank.run
-    recipe = dataclasses.replace(run.recipe, iters=min(run.recipe.iters, _STEPS), clip_search=False)
-    numerics = dataclasses.replace(run.numerics, compiler=None)
-    return BlockTuner(recipe, numerics, [run.device], on_step=on_step)
+    recipe = dataclasses.replace(run.recipe, iters=min(run.recipe.iters, _STEPS), compensate=run.recipe.compensates)
+    return recipe, dataclasses.replace(run.numerics, compiler=None), [run.device]
 
 
 def _others(blank: BlankRun) -> tuple[int, int]:
@@ -162,7 +186,10 @@ def _single(blank: BlankRun, path: str) -> tuple[int, int]:
     run = blank.run
     with without_data(), ByteCount() as count:
         weight_OI = _empty(read_weight(blank.model, path), run.device)
-        codes = code_bytes({path: _tuner(blank).quantize_layer(path, weight_OI, run.plan.specs[path])})
+        recipe, numerics, devices = _means(blank)
+        recipe = dataclasses.replace(recipe, clip_search=False)  # whose slices are small beside what is rounded at once
+        tuner = BlockTuner(recipe, numerics, devices, on_step=lambda done, loss: None)
+        codes = code_bytes({path: tuner.quantize_layer(path, weight_OI, run.plan.specs[path])})
     return count.peak[run.device.type], codes
 
 

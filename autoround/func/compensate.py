@@ -8,7 +8,8 @@ Legend: O output features, I input features, G groups in a row, S columns in a g
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -25,8 +26,43 @@ DAMPING = 0.01
 LUMP = 128
 
 
+class Columns(NamedTuple):
+    """Columns in the order in which they are rounded.
+
+    Attributes:
+        weight_IO: a column a row.
+        scale_IO, shift_IO: of each weight.
+        factor_II: upper Cholesky factor of the inverse of the damped Hessian.
+    """
+
+    weight_IO: Tensor
+    scale_IO: Tensor
+    shift_IO: Tensor
+    factor_II: Tensor
+
+
+def round_in_turn(columns: Columns, spec: WeightSpec) -> None:
+    """Change every column to what it is when its turn to be rounded comes."""
+    (weight_IO, scale_IO, shift_IO, factor_II), grid = columns, grid_of(spec)
+    for start in range(0, len(weight_IO), LUMP):
+        lump_LO, factor_LI = weight_IO[start : start + LUMP], factor_II[start : start + LUMP]
+        error_LO = torch.empty_like(lump_LO)
+        for row in range(len(lump_LO)):
+            own = scale_IO[start + row, :, None], shift_IO[start + row, :, None]
+            q_O11 = grid.round_codes(lump_LO[row, :, None, None], 0.0, *own, spec)
+            lost_O = lump_LO[row] - grid.values(q_O11, *own, spec).flatten()
+            error_LO[row] = lost_O / factor_LI[row, start + row]
+            lump_LO[row + 1 :].addr_(factor_LI[row, start + row + 1 : start + len(lump_LO)], error_LO[row], alpha=-1)
+        weight_IO[start + LUMP :].addmm_(factor_LI[:, start + LUMP :].T, error_LO, alpha=-1)
+
+
 def compensate(
-    tuned: Mapping[str, Prepared], params: Params, hessians: Mapping[str, Tensor], specs: Mapping[str, WeightSpec]
+    tuned: Mapping[str, Prepared],
+    params: Params,
+    hessians: Mapping[str, Tensor],
+    specs: Mapping[str, WeightSpec],
+    *,
+    rounding: Callable[[Columns, WeightSpec], None] = round_in_turn,
 ) -> dict[str, Prepared]:
     """Move every weight whose Hessian is known so that rounding to nearest keeps the layer's output.
 
@@ -36,6 +72,7 @@ def compensate(
         hessians: layer path -> float32 (I, I), mean outer product of its inputs; layers that are given the same tensor
             are computed together.
         specs: layer path -> how its weight is stored.
+        rounding: changes the columns; whoever counts memory leaves out what takes long.
 
     Raises:
         ModelError: a Hessian is not finite.
@@ -55,33 +92,28 @@ def compensate(
     moved = dict(tuned)
     for (_, spec), paths in together.items():
         grids = [grid_of(spec).scales(tuned[path], params[path], spec) for path in paths]
-        scale_OG, shift_OG = (torch.cat(parts) for parts in zip(*grids, strict=True))
+        scale_OG, shift_OG = map(torch.cat, zip(*grids, strict=True))
         weight_OGS = torch.cat([tuned[path].weight_OGS for path in paths])
-        own_OGS = _compensated(weight_OGS, scale_OG, shift_OG, hessians[paths[0]], spec)
+        own_OGS = _compensated(weight_OGS, (scale_OG, shift_OG), hessians[paths[0]], spec, rounding)
         parts = torch.split(own_OGS, [len(tuned[path].weight_OGS) for path in paths])
         moved |= {path: tuned[path]._replace(weight_OGS=part) for path, part in zip(paths, parts, strict=True)}
     return moved
 
 
 def _compensated(
-    weight_OGS: Tensor, scale_OG: Tensor, shift_OG: Tensor, hessian_II: Tensor, spec: WeightSpec
+    weight_OGS: Tensor,
+    grid_OG: tuple[Tensor, Tensor],
+    hessian_II: Tensor,
+    spec: WeightSpec,
+    rounding: Callable[[Columns, WeightSpec], None],
 ) -> Tensor:
     """Each column as it was when its turn to be rounded came."""
-    grid, size = grid_of(spec), weight_OGS.shape[-1]
+    size = weight_OGS.shape[-1]
     order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
     factor_II = _inverse_factor(hessian_II[order_I][:, order_I])
     weight_IO = rearrange(weight_OGS, "o g s -> (g s) o")[order_I]
-    scale_IO, shift_IO = (each.T[order_I // size] for each in (scale_OG, shift_OG))
-    for start in range(0, len(weight_IO), LUMP):
-        lump_LO, factor_LI = weight_IO[start : start + LUMP], factor_II[start : start + LUMP]
-        error_LO = torch.empty_like(lump_LO)
-        for row in range(len(lump_LO)):
-            own = scale_IO[start + row, :, None], shift_IO[start + row, :, None]
-            q_O11 = grid.round_codes(lump_LO[row, :, None, None], 0.0, *own, spec)
-            lost_O = lump_LO[row] - grid.values(q_O11, *own, spec).flatten()
-            error_LO[row] = lost_O / factor_LI[row, start + row]
-            lump_LO[row + 1 :].addr_(factor_LI[row, start + row + 1 : start + len(lump_LO)], error_LO[row], alpha=-1)
-        weight_IO[start + LUMP :].addmm_(factor_LI[:, start + LUMP :].T, error_LO, alpha=-1)
+    scale_IO, shift_IO = (each.T[order_I // size] for each in grid_OG)
+    rounding(Columns(weight_IO, scale_IO, shift_IO, factor_II), spec)
     back_I = order_I.argsort()
     return rearrange(weight_IO[back_I], "(g s) o -> o g s", s=size).contiguous()
 
