@@ -1,9 +1,10 @@
 """Seconds that one and two processes of torchrun take for the same run, each of them with one thread.
 
 A Llama with random weights is quantized in float32 or bfloat16, as the machine chooses, uncompiled, by the command;
-runs of one and of two processes alternate, from the first process's begin to the last one's end. What a run of one step
-takes is measured too, so that the steps can be told apart from loading, capturing, searching and writing. The files of
-all runs must be equal. Two threads of one core are not two cores: see ``Thread(s) per core``.
+runs of one process, of two that share the rows of steps, and of two that share blocks take turns, from the first
+process's begin to the last one's end. What a run of one step takes is measured too, so that the steps can be told apart
+from loading, capturing, searching and writing. The files of all runs of a mode must be equal. Two threads of one core
+are not two cores: see ``Thread(s) per core``.
 
 ``python -m benchmarks.ranks [--hidden N] [--blocks N] [--rows N] [--seqlen N] [--batch N] [--iters N] [--rounds N]``
 """
@@ -26,7 +27,8 @@ from benchmarks import machine
 from tests.data.words import make_tokenizer
 
 WORDS, SPARE = 1000, 64
-SIZES = (1, 2)
+# Processes, and what they share.
+CASES = ((1, "data"), (2, "data"), (2, "blocks"))
 
 
 def make_model(options: argparse.Namespace, folder: Path) -> None:
@@ -44,12 +46,13 @@ def make_model(options: argparse.Namespace, folder: Path) -> None:
     (folder / "texts.txt").write_text("\n\n".join(lines))
 
 
-def seconds(options: argparse.Namespace, folder: Path, size: int, iters: int) -> tuple[float, str]:
+def seconds(options: argparse.Namespace, folder: Path, case: tuple[int, str], iters: int) -> tuple[float, str]:
     """Of one run, and a hash of its files."""
     output = Path(tempfile.mkdtemp(dir=folder)) / "out"
     words = {
-        "nproc-per-node": size, "nsamples": options.rows, "seqlen": options.seqlen, "batch_size": options.batch,
-        "iters": iters, "dataset": folder / "texts.txt", "output_dir": output, "device_map": "cpu", "bits": 4,
+        "nproc-per-node": case[0], "parallel": case[1], "nsamples": options.rows, "seqlen": options.seqlen,
+        "batch_size": options.batch, "iters": iters, "dataset": folder / "texts.txt", "output_dir": output,
+        "device_map": "cpu", "bits": 4,
     }  # fmt: skip
     flags = {name: [f"--{name}", str(value)] for name, value in words.items()}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", *flags.pop("nproc-per-node")]
@@ -77,22 +80,32 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         make_model(options, folder)
-        taken: dict[tuple[int, int], list[float]] = {}
-        found: dict[int, set[str]] = {}
+        taken: dict[tuple[tuple[int, str], int], list[float]] = {}
+        found: dict[tuple[str, int], set[str]] = {}
         for number in range(options.rounds):
-            for size in SIZES if number % 2 == 0 else reversed(SIZES):
+            for case in CASES if number % 2 == 0 else reversed(CASES):
                 for iters in (1, options.iters):
-                    spent, files = seconds(options, folder, size, iters)
-                    taken.setdefault((size, iters), []).append(spent)
-                    found.setdefault(iters, set()).add(files)
-    for iters, hashes in found.items():
-        assert len(hashes) == 1, f"{iters} steps: found {len(hashes)} different outputs"
-    for key, own in taken.items():
-        print(f"{key[0]} processes, {key[1]:4} steps: {', '.join(f'{each:.1f}' for each in own)} s")
+                    spent, files = seconds(options, folder, case, iters)
+                    taken.setdefault((case, iters), []).append(spent)
+                    found.setdefault((case[1], iters), set()).add(files)
+    for (mode, iters), hashes in found.items():
+        assert len(hashes) == 1, f"{mode}, {iters} steps: found {len(hashes)} different outputs"
+    for (case, iters), own in taken.items():
+        print(f"{name_of(case)}, {iters:4} steps: {', '.join(f'{each:.1f}' for each in own)} s")
     middle = {key: statistics.median(own) for key, own in taken.items()}
-    one, two = (middle[size, options.iters] for size in SIZES)
-    steps = [middle[size, options.iters] - middle[size, 1] for size in SIZES]
-    print(f"whole runs: {one / two:.2f} times as fast with two; the steps alone: {steps[0] / steps[1]:.2f} times")
+    whole = {case: middle[case, options.iters] for case in CASES}
+    steps = {case: whole[case] - middle[case, 1] for case in CASES}
+    one, *others = CASES
+    for case in others:
+        ratios = (
+            f"whole runs {whole[one] / whole[case]:.2f} times, the steps alone {steps[one] / steps[case]:.2f} times"
+        )
+        print(f"{name_of(case)}: {ratios} as fast as {name_of(one)}")
+
+
+def name_of(case: tuple[int, str]) -> str:
+    """As it is printed."""
+    return "1 process" if case[0] == 1 else f"{case[0]} processes, --parallel {case[1]}"
 
 
 def threads_per_core() -> str:
