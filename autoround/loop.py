@@ -26,6 +26,7 @@ from autoround.model.media import Media
 from autoround.model.read import read_block
 from autoround.numerics import divided, ran_out
 from autoround.passes import Passes
+from autoround.placement import SpreadFn, fitted
 from autoround.plan import Plan
 from autoround.progress import BlockDone, Meter
 from autoround.ranks import ALONE, Ranks, compare, turns
@@ -43,7 +44,7 @@ class BlockLoop:
         plan: the fate of every weight.
         head: path of the output head; empty where there is none.
         backend: of the devices.
-        devices: where blocks run; more than one share the rows of a step.
+        devices: where blocks run; more than one share the rows of a step, or the modules of a block.
         journal: what is done, and what flows into the next block.
         meter: is told of the work.
         numerics: how to compute; other ones where memory ran out.
@@ -147,11 +148,15 @@ class BlockLoop:
 
     @contextmanager
     def _opened(self, index: int) -> Iterator[tuple[func.BlockFn, dict[str, Tensor]]]:
-        """A block and its tensors, on the first device; errors name it."""
+        """A block and its tensors, on the first device or spread over all; errors name it."""
         path = self.plan.blocks[index].path
         try:
             block_fn = func.make_block_fn(self.model.skeleton.get_submodule(path))
-            yield block_fn, read_block(self.model, path, device=self.devices[0])
+            block_fn = fitted(block_fn, self.recipe, self.backend, self.devices)
+            if isinstance(block_fn, SpreadFn):
+                yield block_fn, block_fn.sent(read_block(self.model, path))
+            else:
+                yield block_fn, read_block(self.model, path, device=self.devices[0])
         except JournalError:  # names a file, not a layer
             raise
         except AutoRoundError as error:

@@ -17,9 +17,9 @@ from autoround.recipe import Recipe
 # Of a device's memory, what weights and all that is tuned with them may take; rows and what they become take the rest.
 # An estimate: how much that is depends on the block.
 WEIGHTS_SHARE = 0.7
-# Bytes for each weight of a block that is quantized in steps or without, and what some settings add. Counted by
+# Bytes for each weight of a block while it is quantized, and what some settings add to them. Counted by
 # tests/engine/test_placement.py while the tuner runs on tensors without data.
-STEPS_BYTES, ROUNDED_BYTES = 38, 20
+WEIGHT_BYTES = 38
 MORE_BYTES: Mapping[str, int] = {"best": 10, "momentum": 10, "adam": 23}
 
 
@@ -57,10 +57,8 @@ def fitted(block_fn: func.BlockFn, recipe: Recipe, backend: Backend, devices: Se
 
 def weight_bytes(recipe: Recipe) -> int:
     """Bytes that a block takes for each weight while it is quantized, its rows apart."""
-    if not recipe.iters:
-        return ROUNDED_BYTES
     family = MORE_BYTES["adam"] if recipe.adam else MORE_BYTES["momentum"] if recipe.momentum else 0
-    return STEPS_BYTES + family + (MORE_BYTES["best"] if recipe.keep == "best" else 0)
+    return WEIGHT_BYTES + family + (MORE_BYTES["best"] if recipe.keep == "best" else 0)
 
 
 def place(block: nn.Module, rooms: Sequence[int]) -> dict[str, int]:
