@@ -11,11 +11,13 @@ from tests.clients.environments import ENVIRONMENTS, VARIABLE, Environment, clie
 
 # Its metadata asks for transformers up to 5.17; it runs on ours, and its modifier on the newest auto-round it knows.
 LLM_COMPRESSOR = Environment(
-    needs=("torch==2.13.0", "transformers==5.23.0", "accelerate", "datasets", "loguru", "pyyaml", "numpy", "requests",
-           "tqdm", "pillow", "nvidia-ml-py", "py-cpuinfo", "numba", "threadpoolctl", "pydantic"),
+    needs=("loguru", "pyyaml", "numpy", "requests", "tqdm", "pillow", "nvidia-ml-py", "py-cpuinfo", "numba",
+           "threadpoolctl", "pydantic"),
     alone=("llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "auto-round==0.15.1"),
 )  # fmt: skip
-NEEDED = {name: ENVIRONMENTS[name] for name in ("auto-round", "gptqmodel")} | {"llm-compressor": LLM_COMPRESSOR}
+NEEDED = {name: ENVIRONMENTS[name] for name in ("torch", "auto-round", "gptqmodel")} | {
+    "llm-compressor": LLM_COMPRESSOR
+}
 
 
 def main() -> None:

@@ -22,25 +22,26 @@ STAMP = "complete.txt"
 class Environment:
     """What is installed: first with dependencies, then without those that would bring other versions.
 
-    The packages of the environment ``above`` are found too.
+    The packages of the environments ``above`` are found too.
     """
 
     needs: tuple[str, ...]
-    alone: tuple[str, ...]
-    above: str = ""
+    alone: tuple[str, ...] = ()
+    above: tuple[str, ...] = ("torch",)
 
 
-_TORCH = ("torch==2.13.0", "transformers==5.23.0", "accelerate", "datasets")
 ENVIRONMENTS = {
+    # What all others but one share.
+    "torch": Environment(needs=("torch==2.13.0", "transformers==5.23.0", "accelerate", "datasets"), above=()),
     "auto-round": Environment(
-        needs=(*_TORCH, "compressed-tensors==0.20.0", "py-cpuinfo", "numba", "threadpoolctl", "pydantic"),
+        needs=("compressed-tensors==0.20.0", "py-cpuinfo", "numba", "threadpoolctl", "pydantic"),
         alone=("auto-round==0.16.1",),
     ),
     # Kernels that auto-round prefers to its own where they are installed.
-    "auto-round-lib": Environment(needs=("pip",), alone=("auto-round-lib==0.16.0",), above="auto-round"),
+    "auto-round-lib": Environment(needs=(), alone=("auto-round-lib==0.16.0",), above=("auto-round", "torch")),
     # Its metadata asks for a newer torch, with which it is not needed: it runs on this one.
     "gptqmodel": Environment(
-        needs=(*_TORCH, "threadpoolctl", "requests", "jinja2", "protobuf", "pillow", "ninja"),
+        needs=("threadpoolctl", "requests", "jinja2", "protobuf", "pillow", "ninja"),
         alone=(
             "gptqmodel==7.7.0",
             "optimum==2.3.0",
@@ -52,12 +53,11 @@ ENVIRONMENTS = {
             "torchao==0.18.0",
         ),
     ),
-    # llama.cpp, built for CPUs: one wheel that needs nothing; both installations must name something.
-    "llama-cpp": Environment(needs=("pip",), alone=("xllamacpp==2026.10.11549",)),
+    # llama.cpp, built for CPUs: one wheel that needs nothing.
+    "llama-cpp": Environment(needs=(), alone=("xllamacpp==2026.10.11549",), above=()),
     # Built for CPUs with AVX-512. Of what its metadata asks for, this is what generating without a server imports.
     "vllm": Environment(
         needs=(
-            *_TORCH[:2],
             *("compressed-tensors==0.17.0", "openai==3.57.0", "openai-harmony==0.0.8", "fastapi==0.165.0"),
             *("msgspec==0.22.0", "opentelemetry-api", "prometheus_client", "partial-json-parser", "pydantic"),
             *("aiohttp", "cachetools", "cbor2", "cloudpickle", "einops", "pillow", "protobuf", "psutil", "py-cpuinfo"),
@@ -75,18 +75,20 @@ def client_python(name: str) -> Path:
 
 def make(folder: Path, environment: Environment) -> None:
     """Install, unless it is done."""
-    recipe = "\n".join((*environment.needs, *environment.alone))
+    recipe = "\n".join((*environment.above, *environment.needs, *environment.alone))
     stamp = folder / STAMP
     if stamp.exists() and stamp.read_text() == recipe:
         return
     venv.create(folder, clear=True, with_pip=True)
-    if environment.above:
-        (_packages(folder) / "above.pth").write_text(f"{_packages(folder.with_name(environment.above))}\n")
+    above = (f"{_packages(folder.with_name(name))}\n" for name in environment.above)
+    (_packages(folder) / "above.pth").write_text("".join(above))
     install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check"]
-    subprocess.run([*install, *environment.needs], check=True)
+    if environment.needs:
+        subprocess.run([*install, *environment.needs], check=True)
     # Exact versions need no constraints, and what builds their wheels must be free to be older than ours.
     free = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
-    subprocess.run([*install, "--no-deps", *environment.alone], check=True, env=free)
+    if environment.alone:
+        subprocess.run([*install, "--no-deps", *environment.alone], check=True, env=free)
     stamp.write_text(recipe)
 
 
