@@ -71,6 +71,7 @@ def groups(bits: int) -> dict[str, list[Variant]]:
         "steps": _variants(bits, iters=(25, 50, 100, 200)),
         "light": _variants(bits, iters=(15, 50), compensate=both, lr=(0.005,)),
         "rate": _variants(bits, iters=(25,), lr=(0.0025, 0.005, 0.01, 0.02, 0.04)),
+        "rate50": _variants(bits, iters=(50,), lr=(0.005, 0.01, 0.02)),
         "rate200": _variants(bits, iters=(200,), compensate=both, lr=(0.0025, 0.005, 0.01)),
         "clips": _variants(bits, iters=(25,), minmax_lr=(0.01, 0.02, 0.08)),
         "momentum": _variants(bits, iters=(25,), momentum=(0.5, 0.9), lr=(0.02, 0.04)),
