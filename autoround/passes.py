@@ -1,8 +1,9 @@
 """Passes of a block over all rows, without gradients: what it returns, and what its layers are given."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from autoround.activations import Inputs
 from autoround.func import init
 from autoround.model.calls import CallTemplate
 from autoround.placement import sharers
-from autoround.ranks import Ranks, owners
+from autoround.ranks import ALONE, Ranks, owners, summed
+
+# Whole numbers below it are exact in float32, in which ranks tell each other sums.
+WHOLE = 2**24
 
 Room = Callable[[Sequence[int], torch.dtype, torch.device], Tensor]
 
@@ -71,8 +75,9 @@ class Passes:
         *,
         rows: int,
         hessians: bool,
+        parts: int,
     ) -> init.Observed:
-        """What the block's layers are given, as far as anybody asks; every rank sees all rows, in the same order.
+        """What the block's layers are given, as far as anybody asks; ranks share the parts.
 
         Args:
             block_fn: the lifted block.
@@ -81,13 +86,23 @@ class Passes:
             inputs: what flows in.
             rows: how many of them, from the first on.
             hessians: whether their Hessians are asked for.
+            parts: into how many the rows are divided at most; they decide the order in which is added up.
         """
         if not rows:
             return init.Observed({}, {}, {})
         x_NTD, valid_NT, home = inputs.stream.quantized_NTD, inputs.valid_NT, sharers(block_fn, self.devices)[0]
         batches = torch.arange(rows).split(self.batch_size)
-        calls = ((bound(inputs.template, x_NTD, rows_B, home), valid_NT[rows_B].to(home)) for rows_B in batches)
-        return init.observe_inputs(block_fn, tensors, calls, specs, hessians=hessians)
+
+        def calls(own: Sequence[Tensor]) -> Iterator[tuple[func.Call, Tensor]]:
+            for rows_B in own:
+                yield bound(inputs.template, x_NTD, rows_B, home), valid_NT[rows_B].to(home)
+
+        count = min(parts, len(batches))
+        bounds = [len(batches) * part // count for part in range(count + 1)]
+        divided = [calls(batches[first:last]) for first, last in itertools.pairwise(bounds)]
+        shared = count >= self.ranks.size and valid_NT.numel() < WHOLE
+        total = partial(summed, self.ranks if shared else ALONE)
+        return init.observe_parts(block_fn, tensors, divided, specs, hessians=hessians, total=total)
 
 
 def bound(template: CallTemplate, x_NTD: Tensor, rows_B: Tensor, device: torch.device) -> func.Call:

@@ -146,33 +146,34 @@ def owners_by_size(sizes: Mapping[str, int], size: int) -> dict[str, int]:
     return found
 
 
-def summed(ranks: Ranks, part: Callable[[int], Any], count: int, like: Any) -> Any:
+def summed(ranks: Ranks, part: Callable[[int], Any], count: int, like: Any = None) -> Any:
     """The sum of parts of which each rank computes some; the same bits on every rank, and for every number of ranks.
 
     Ranks add up what is theirs alone, and tell each other such sums.
 
     Args:
         ranks: all processes.
-        part: index -> tree of float32 tensors.
+        part: index -> tree of tensors on one device, float32 or of whole numbers below 2**24.
         count: how many parts there are.
-        like: a tree with tensors of the same shapes and dtypes, on the same device.
+        like: a tree with tensors of the same shapes and dtypes, on the same device; not needed where every rank has a
+            part.
     """
     if ranks.size == 1:
         return func.sum_in_pairs(part, 0, count)
     spans = func.owned_spans(owners(count, ranks.size))
-    leaves, tree = tree_flatten(like)
-    flat = [
-        torch.cat([leaf.flatten() for leaf in tree_flatten(func.sum_in_pairs(part, *span))[0]])
-        if owner == ranks.rank
-        else leaves[0].new_empty(sum(leaf.numel() for leaf in leaves))
-        for span, owner in spans.items()
-    ]
-    ranks.share(list(spans.values()), flat)
-    sizes = [leaf.numel() for leaf in leaves]
-    known = {
-        span: tree_unflatten([own.view_as(leaf) for own, leaf in zip(sums.split(sizes), leaves, strict=True)], tree)
-        for span, sums in zip(spans, flat, strict=True)
+    known = {span: func.sum_in_pairs(part, *span) for span, owner in spans.items() if owner == ranks.rank}
+    leaves, tree = tree_flatten(next(iter(known.values())) if like is None else like)
+    sizes, device = [leaf.numel() for leaf in leaves], leaves[0].device
+    flat = {
+        span: torch.cat([leaf.flatten().float() for leaf in tree_flatten(known[span])[0]])
+        if span in known
+        else torch.empty(sum(sizes), device=device)
+        for span in spans
     }
+    ranks.share(list(spans.values()), list(flat.values()))
+    for span in spans.keys() - known.keys():
+        own = zip(flat[span].split(sizes), leaves, strict=True)
+        known[span] = tree_unflatten([sums.view_as(leaf).to(leaf.dtype) for sums, leaf in own], tree)
     return func.sum_in_pairs(part, 0, count, known)
 
 

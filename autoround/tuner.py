@@ -170,7 +170,8 @@ class BlockTuner:
         """What the block's layers are given, as far as the recipe asks."""
         stacked = any(f"{path}.weight" in block_fn.stacks for path in specs)
         rows = observed_rows(self._recipe, len(inputs.valid_NT), stacked=stacked)
-        return self._passes.observe(block_fn, tensors, specs, inputs, rows=rows, hessians=self._recipe.compensates)
+        hessians, parts = self._recipe.compensates, self._numerics.micro_batches
+        return self._passes.observe(block_fn, tensors, specs, inputs, rows=rows, hessians=hessians, parts=parts)
 
     def _start(
         self, weights: func.BlockWeights, moments: Mapping[str, Tensor], specs: Mapping[str, func.WeightSpec]

@@ -4,10 +4,10 @@ Legend: O output features, I input features, G groups in a row, S columns in a g
 B samples, T tokens, M rows of a layer's inputs, E experts of a stack.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -17,6 +17,7 @@ from autoround.func.block import BlockFn
 from autoround.func.experts import Routed, by_module, observe, sorted_by_expert
 from autoround.func.fit import CANDIDATES, Clips, Errors, candidate_errors, fit_blocks, rounding_errors
 from autoround.func.rounding import grid_of
+from autoround.func.step import sum_in_pairs
 from autoround.func.types import BlockWeights, Call, Params, Prepared, RoundingParams
 from autoround.spec import GgufSpec, WeightSpec
 
@@ -85,76 +86,118 @@ def observe_inputs(
     >>> observe_inputs(make_block_fn(block), block.state_dict(), [(Call((x,), {}), valid)], ["0"]).tokens
     {}
     """
-    linears = _Linears(hessians)
-    routed: dict[str, Routed] = {}
-    count, paths = 0, tuple(paths)
-    stacks = by_module(tuple(path for path in paths if f"{path}.weight" in block_fn.stacks))
-
-    def observe_experts(
-        path: str, valid_BT: Tensor, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
-    ) -> None:
-        x, *choices = (*args, *kwargs.values())
-        x_ND, valid_N = x.flatten(0, -2), valid_BT.flatten().to(x.device)
-        if choices:
-            own = observe(module, x_ND, choices[0].flatten(0, -2), valid_N)
-        else:
-            own = observe(module, *sorted_by_expert(x_ND, valid_N))
-        routed[path] = routed[path].add(own) if path in routed else own
-
-    for call, valid_BT in inputs:
-        count += int(valid_BT.sum())
-        with ExitStack() as hooks, torch.no_grad():
-            for path in paths:
-                if f"{path}.weight" not in block_fn.stacks:
-                    module, hook = block_fn.skeleton.get_submodule(path), partial(linears.observe, path, valid_BT)
-                    hooks.callback(module.register_forward_pre_hook(hook).remove)
-            for path in stacks:
-                module, own = block_fn.skeleton.get_submodule(path), partial(observe_experts, path, valid_BT)
-                hooks.callback(module.register_forward_pre_hook(own, with_kwargs=True).remove)
-            block_fn(tensors, call)
-        linears.inputs.clear()
-    moments = linears.moments(max(count, 1))
-    for path, seen in routed.items():
-        moments |= {f"{path}.{name}": own for name, own in seen.moments(count).items() if name in stacks[path]}
-    tokens = {path: seen.tokens_E for path, seen in routed.items()}
-    return Observed(moments, tokens, linears.hessians(max(count, 1)))
+    return observe_parts(block_fn, tensors, [inputs], paths, hessians=hessians)
 
 
-class _Linears:
-    """Sums over the inputs of linear layers."""
+def observe_parts(
+    block_fn: BlockFn,
+    tensors: Mapping[str, Tensor],
+    parts: Sequence[Iterable[tuple[Call, Tensor]]],
+    paths: Iterable[str],
+    *,
+    hessians: bool = False,
+    total: Callable[[Callable[[int], Any], int, Any], Any] | None = None,
+) -> Observed:
+    """``observe_inputs`` of all parts, added up as ``sum_in_pairs`` does.
 
-    def __init__(self, outer: bool) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self.inputs: dict[
-            int, tuple[str, Tensor]
-        ] = {}  # of the call that is running: id -> first layer, and the tensor
-        self._outer: dict[str, Tensor] | None = {} if outer else None
-        self._first: dict[str, str] = {}
+    Args:
+        block_fn: the lifted block.
+        tensors: all its tensors by name.
+        parts: (call, valid_BT) pairs of each part; they are asked for once at most.
+        paths: the layers to observe.
+        hessians: whether their Hessians are asked for.
+        total: as of ``accumulate``, but for trees of which nothing is known before the first part; where it asks for
+            some parts only, it asks for one at least.
+    """
+    paths, first = tuple(paths), dict[str, str]()
 
-    def observe(self, path: str, valid_BT: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def part(index: int) -> _Sums:
+        return _summed(block_fn, tensors, parts[index], paths, hessians=hessians, first=first)
+
+    sums: _Sums = sum_in_pairs(part, 0, len(parts)) if total is None else total(part, len(parts), None)
+    count = int(sums.tokens)
+    squares, outer = ({path: own / max(count, 1) for path, own in each.items()} for each in (sums.squares, sums.outer))
+    moments = {path: squares[own] for path, own in first.items() if own in squares}
+    for module, stacks in by_module(_stacks(block_fn, paths)).items():
+        found = sums.routed[module].moments(count) if module in sums.routed else {}
+        moments |= {f"{module}.{name}": own for name, own in found.items() if name in stacks}
+    tokens = {path: seen.tokens_E for path, seen in sums.routed.items()}
+    return Observed(moments, tokens, {path: outer[own] for path, own in first.items() if own in outer})
+
+
+class _Sums(NamedTuple):
+    """Sums over what the layers of a block were given; of layers that are given the same, the first one is named.
+
+    Attributes:
+        tokens: int64 (), that are valid.
+        squares: layer path -> float32 (I,), of the squares of its inputs.
+        outer: layer path -> float32 (I, I), of their outer products; empty unless asked for.
+        routed: module of experts -> what it has seen.
+    """
+
+    tokens: Tensor
+    squares: dict[str, Tensor]
+    outer: dict[str, Tensor]
+    routed: dict[str, Routed]
+
+
+def _stacks(block_fn: BlockFn, paths: Iterable[str]) -> tuple[str, ...]:
+    return tuple(path for path in paths if f"{path}.weight" in block_fn.stacks)
+
+
+def _summed(
+    block_fn: BlockFn,
+    tensors: Mapping[str, Tensor],
+    inputs: Iterable[tuple[Call, Tensor]],
+    paths: tuple[str, ...],
+    *,
+    hessians: bool,
+    first: dict[str, str],
+) -> _Sums:
+    """Sums of one part; ``first`` is told for each layer which one is the first that is given the same."""
+    stacks = _stacks(block_fn, paths)
+    given: dict[int, tuple[str, Tensor]] = {}  # of the call that is running: id -> first layer, and the tensor
+    counts, sums = list[Tensor](), _Sums(torch.empty(0), {}, {}, {})
+
+    def observe_linear(path: str, valid_BT: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         del module  # the hook's signature
-        first, _ = self.inputs.setdefault(id(args[0]), (path, args[0]))
-        if self._first.setdefault(path, first) != path:
+        if first.setdefault(path, given.setdefault(id(args[0]), (path, args[0]))[0]) != path:
             return
         x_MI, valid_M = args[0].flatten(0, -2).float(), valid_BT.flatten().to(args[0].device)
         if len(x_MI) % len(valid_M) == 0:  # else its inputs are no tokens, and all of them count
             x_MI = x_MI * valid_M.repeat_interleave(len(x_MI) // len(valid_M)).unsqueeze(-1)
-        _add(self._sums, path, x_MI.square().sum(0))
-        if self._outer is not None:
-            _add(self._outer, path, _gram(x_MI))
+        _add(sums.squares, path, x_MI.square().sum(0))
+        if hessians:
+            _add(sums.outer, path, _gram(x_MI))
 
-    def moments(self, count: int) -> dict[str, Tensor]:
-        """Per layer, over so many tokens."""
-        return self._means(self._sums, count)
+    def observe_experts(
+        path: str, valid_BT: Tensor, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    ) -> None:
+        own = _routed(module, valid_BT, (*args, *kwargs.values()))
+        sums.routed[path] = sums.routed[path].add(own) if path in sums.routed else own
 
-    def hessians(self, count: int) -> dict[str, Tensor]:
-        """Per layer, over so many tokens; nothing if they were not asked for."""
-        return self._means(self._outer or {}, count)
+    for call, valid_BT in inputs:
+        counts.append(valid_BT.sum())
+        with ExitStack() as hooks, torch.no_grad():
+            for path in paths:
+                if path not in stacks:
+                    module, hook = block_fn.skeleton.get_submodule(path), partial(observe_linear, path, valid_BT)
+                    hooks.callback(module.register_forward_pre_hook(hook).remove)
+            for path in by_module(stacks):
+                module, own = block_fn.skeleton.get_submodule(path), partial(observe_experts, path, valid_BT)
+                hooks.callback(module.register_forward_pre_hook(own, with_kwargs=True).remove)
+            block_fn(tensors, call)
+        given.clear()
+    return sums._replace(tokens=torch.stack(counts).sum())
 
-    def _means(self, sums: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-        """Layers of the same inputs get the same tensor."""
-        means = {path: total / count for path, total in sums.items()}
-        return {path: means[first] for path, first in self._first.items() if first in means}
+
+def _routed(module: nn.Module, valid_BT: Tensor, args: tuple[Tensor, ...]) -> Routed:
+    """What a module of experts sees in one call."""
+    x, *choices = args
+    x_ND, valid_N = x.flatten(0, -2), valid_BT.flatten().to(x.device)
+    if choices:
+        return observe(module, x_ND, choices[0].flatten(0, -2), valid_N)
+    return observe(module, *sorted_by_expert(x_ND, valid_N))
 
 
 def _gram(x_MI: Tensor) -> Tensor:

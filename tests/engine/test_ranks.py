@@ -12,16 +12,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from autoround import func
+from autoround.activations import Inputs, Stream
 from autoround.backends.base import of_rank
 from autoround.backends.gpu import GpuBackend
 from autoround.engine import quantize
 from autoround.errors import AutoRoundError, JournalError, UsageError
+from autoround.func import init
 from autoround.func.types import IntCodes
 from autoround.journal import read_manifest
 from autoround.launch import Launch, launched
-from autoround.ranks import ALONE, Alone, agree, compare, join, owners, summed
+from autoround.model.calls import CallTemplate, Hidden
+from autoround.passes import Passes
+from autoround.ranks import ALONE, Alone, Ranks, agree, compare, join, owners, summed
+from autoround.spec import QuantSpec
 from tests.engine.small import codes, hashes, make, recipe, stopped, tune
 
 CHILD = Path(__file__).with_name("ranked.py")
@@ -51,7 +57,8 @@ def test_one_two_and_four_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Every byte is the same, also of a run that lost a process and went on with more of them, or with one."""
     make("llama").save_pretrained(tmp_path / "source")
     make("llama_3").save_pretrained(tmp_path / "three")
-    one = start(tmp_path, 1, ("run", "one", {}))
+    columns = {"iters": 0}  # rounded in turn, by Hessians
+    one = start(tmp_path, 1, ("run", "one", {}), ("run", "columns_1", columns))
     assert one.returncode == 0, one.stderr
     whole = hashes(tmp_path / "one" / "out")
     killed = start(tmp_path, 2, ("killed", "killed", {}))
@@ -64,13 +71,13 @@ def test_one_two_and_four_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     disk = {"activations": "disk"}
     orders = [("run", "two", {}), ("apart", "apart", {}), ("astray", "astray", {}), ("command", "command", {})]
     apart = [("blocks", "blocks_2", {}), ("left", "left", {}), ("blocks", "blocks_disk", disk)]
-    two = start(tmp_path, 2, *orders, ("run", "disk", disk), *apart)
+    two = start(tmp_path, 2, *orders, ("run", "disk", disk), ("run", "columns_2", columns), *apart)
     assert two.returncode == 0, two.stderr
     left = tmp_path / "left" / "out.journal" / "blocks"
     assert [path.name for path in left.iterdir()] == ["00000.safetensors"]
     shutil.copytree(tmp_path / "left", tmp_path / "left_alone")
     apart = [("blocks", "blocks_4", {}), ("blocks", "left", {})]
-    four = start(tmp_path, 4, ("run", "four", {}), ("run", "killed", {}), *apart)
+    four = start(tmp_path, 4, ("run", "four", {}), ("run", "killed", {}), ("run", "columns_4", columns), *apart)
     assert four.returncode == 0, four.stderr
     assert told(tmp_path, "killed", 4) == ["[True, False]"] * 4
     for name in ("two", "four", "killed", "disk"):
@@ -86,6 +93,8 @@ def test_one_two_and_four_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     alone.export()
     assert hashes(tmp_path / "alone" / "out") == whole
 
+    for name in ("columns_2", "columns_4"):
+        assert hashes(tmp_path / name / "out") == hashes(tmp_path / "columns_1" / "out"), name
     assert told(tmp_path, "left", 4) == ["[True, False, False]"] * 4
     for name in ("blocks", "left_alone"):
         quantize(tmp_path / "three", shared_recipe(tmp_path / name, parallel="blocks")).export()
@@ -148,7 +157,7 @@ class Teller(Alone):
 @pytest.mark.parametrize("size", range(1, 7))
 @pytest.mark.parametrize("count", range(1, 9))
 def test_a_sum_has_the_same_bits_for_every_number_of_ranks(count: int, size: int) -> None:
-    parts = [{"a": torch.randn(3, 2), "b": torch.randn(())} for _ in range(count)]
+    parts = [{"a": torch.randn(3, 2), "b": torch.randn(()), "c": torch.tensor([3, 2**20])} for _ in range(count)]
     whole = func.sum_in_pairs(parts.__getitem__, 0, count)
     shared: dict[int, Tensor] = {}
     asked: list[list[int]] = [[] for _ in range(size)]
@@ -160,14 +169,53 @@ def test_a_sum_has_the_same_bits_for_every_number_of_ranks(count: int, size: int
             asked[rank].append(index)
             return parts[index]
 
-        return summed(Teller(rank, size, shared), part, count, parts[0])
+        return summed(Teller(rank, size, shared), part, count, *([parts[0]] if size > count else []))
 
     for rank in range(size):
         sum_of(rank)  # by the end of it, all have told theirs
     for rank in range(size):
         found = sum_of(rank)
-        assert all(torch.equal(found[name], whole[name]) for name in whole)
+        assert all(torch.equal(found[name], whole[name]) and found[name].dtype == whole[name].dtype for name in whole)
         assert asked[rank] == [index for index, owner in enumerate(owners(count, size)) if owner == rank]
+
+
+def observed(ranks: Ranks, rows: int, parts: int, asked: list[int]) -> init.Observed:
+    """What two layers are given, with Hessians; ``asked`` is told the rows that this rank ran."""
+    torch.manual_seed(0)
+    block = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.GELU(), torch.nn.Linear(6, 3))
+    x_NTD, valid_NT = torch.randn(rows, 5, 4), torch.rand(rows, 5) < 0.8
+
+    class Watched(CallTemplate):
+        def bind(self, hidden_BTD: Tensor, rows_B: Tensor) -> func.Call:
+            asked.extend(rows_B.tolist())
+            return super().bind(hidden_BTD, rows_B)
+
+    leaves, spec = tree_flatten(((Hidden(),), {}))
+    inputs = Inputs(Watched(tuple(leaves), spec), Stream(x_NTD, x_NTD), valid_NT)
+    specs = dict.fromkeys(("0", "2"), QuantSpec(bits=4, group_size=2))
+    passes = Passes(batch_size=2, devices=[torch.device("cpu")], ranks=ranks)
+    return passes.observe(
+        func.make_block_fn(block), block.state_dict(), specs, inputs, rows=rows, hessians=True, parts=parts
+    )
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize(("rows", "parts"), [(16, 4), (7, 4), (5, 2), (2, 4)])
+def test_ranks_observe_some_rows_each_and_know_the_same(rows: int, parts: int, size: int) -> None:
+    shared: dict[int, Tensor] = {}
+    whole = observed(ALONE, rows, parts, [])
+    once = observed(ALONE, rows, 1, [])
+    asked: list[list[int]] = [[] for _ in range(size)]
+    for rank in range(size):
+        observed(Teller(rank, size, shared), rows, parts, [])
+    for rank in range(size):
+        found = observed(Teller(rank, size, shared), rows, parts, asked[rank])
+        for mine, theirs, other in zip(found, whole, once, strict=True):
+            for path, own in mine.items():
+                assert torch.equal(own, theirs[path])
+                torch.testing.assert_close(own, other[path])
+    every = list(range(rows))
+    assert sum(asked, []) == every if min(parts, -(-rows // 2)) >= size else asked == [every] * size  # noqa: RUF017
 
 
 # Codes and settings
