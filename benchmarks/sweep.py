@@ -78,6 +78,7 @@ def groups(bits: int) -> dict[str, list[Variant]]:
         "rows": _variants(bits, iters=(50,), batch_size=(4,)),
         "adam": _variants(bits, iters=(25,), adam=(True,), lr=(0.01, 0.02, 0.04)),
         "keep": _variants(bits, iters=(25,), keep=("best",)),
+        "apart": _variants(bits, iters=(25,), parallel=("data", "blocks")),
     }
 
 
