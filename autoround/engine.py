@@ -12,7 +12,7 @@ from torch import nn
 
 from autoround import config
 from autoround.activations import Place, choose_place
-from autoround.backends.base import Numerics, of_rank, select_all
+from autoround.backends.base import Numerics, named, of_rank, select_all
 from autoround.backends.host import free_bytes
 from autoround.coverage import told
 from autoround.data.tokens import Calibration, load_calibration, needs_tokenizer
@@ -35,6 +35,7 @@ from autoround.model.oddities import needed_numerics
 from autoround.model.sample import Sampler
 from autoround.model.skeleton import sees_images
 from autoround.numerics import choose_numerics
+from autoround.placement import find_named
 from autoround.plan import Plan, check_head, with_extra
 from autoround.progress import BlockDone, Meter, Progress
 from autoround.ranks import agree, join
@@ -115,6 +116,9 @@ class Run:
         check_folder(self._output, overwrite=recipe.overwrite or known)
         launch = launched(os.environ)
         self._backend, devices = select_all(recipe.device_map)
+        by_module = named(recipe.device_map)
+        if launch and by_module:
+            raise UsageError(f"device_map: found {recipe.device_map!r}; needed devices alone, which processes share")
         self._devices = of_rank(self._backend, devices, launch)
         self._device = self._devices[0]
         self._ranks = join(launch, self._backend.name)
@@ -135,7 +139,10 @@ class Run:
         self._head = shape.head
         recorded = {**needed_numerics(self.model.config.model_type), **recorded}
         self.plan: Plan = with_extra(plan_run(recipe, self.model, shape, format_rules), self.model.source.extra())
-        parts = launch.parts if launch and recipe.parallel == "data" else len(self._devices)
+        blocks = [block.path for block in self.plan.blocks]
+        self._named = find_named(by_module, self.model.skeleton, blocks)
+        sharing = 1 if self._named else len(self._devices)
+        parts = launch.parts if launch and recipe.parallel == "data" else sharing
         self._numerics = choose_numerics(recipe, self.plan, self._backend, parts, {"attention": attention, **recorded})
         free, dtype = min(free_bytes().values()), self._numerics.torch_dtype
         free //= launch.local_size if launch else 1
@@ -246,6 +253,7 @@ class Run:
             numerics=self._numerics,
             place=self._place,
             ranks=self._ranks,
+            named=self._named,
         )
 
     def _calibration(self) -> Calibration:

@@ -45,7 +45,7 @@ class LayerSetting:
     pattern: str
     changes: tuple[tuple[str, Any], ...] = ()
     keep: bool = False
-    flag: Literal["layer_config", "ignore_layers"] = "layer_config"
+    flag: Literal["layer_config", "ignore_layers", "device_map"] = "layer_config"
 
     def __post_init__(self) -> None:
         try:
@@ -88,7 +88,7 @@ def read_layer_config(given: object) -> tuple[LayerSetting, ...]:
     [('k_proj', (('bits', 8),)), ('.*down', (('sym', False),))]
     """
     if isinstance(given, str | Path):
-        given = _read(str(given).strip()) if str(given).strip() else {}
+        given = read_mapping(str(given).strip()) if str(given).strip() else {}
     if isinstance(given, list | tuple) and all(isinstance(each, LayerSetting) for each in given):
         return tuple(given)
     if not isinstance(given, Mapping):
@@ -166,12 +166,22 @@ def _near(pattern: str, paths: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def _read(text: str) -> object:
-    """JSON, YAML or its relaxed form, from the text itself or from the file it names."""
-    where = "layer_config"
+def read_mapping(text: str, *, where: str = "layer_config") -> object:
+    """Read JSON, YAML or its relaxed form, from the text itself or from the file it names.
+
+    Args:
+        text: begins with a brace, or is the name of a file.
+        where: the option that it was given by, for messages.
+
+    Raises:
+        UsageError: no such file, or neither JSON nor YAML.
+
+    >>> read_mapping("{k_proj:{bits:8}}")
+    {'k_proj': {'bits': 8}}
+    """
     if not text.startswith("{"):
         try:
-            where, text = f"layer_config: {text}", Path(text).expanduser().read_text()
+            where, text = f"{where}: {text}", Path(text).expanduser().read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{where}: {error}; needed a JSON or YAML file, or text in braces") from None
     try:

@@ -26,7 +26,7 @@ from autoround.model.media import Media
 from autoround.model.read import read_block
 from autoround.numerics import divided, ran_out
 from autoround.passes import Passes
-from autoround.placement import SpreadFn, fitted
+from autoround.placement import SpreadFn, as_named, fitted
 from autoround.plan import Plan
 from autoround.progress import BlockDone, Meter
 from autoround.ranks import ALONE, Ranks, compare, turns
@@ -50,6 +50,7 @@ class BlockLoop:
         numerics: how to compute; other ones where memory ran out.
         place: where activations lie; another one where memory ran out.
         ranks: processes that do the same work, and share the rows of it.
+        named: module path -> device, where the user said so; blocks then stay on the devices named.
     """
 
     recipe: Recipe
@@ -63,6 +64,7 @@ class BlockLoop:
     numerics: Numerics
     place: Place
     ranks: Ranks
+    named: Mapping[str, torch.device]
 
     def __post_init__(self) -> None:
         self._tuner = self._make_tuner()
@@ -152,7 +154,10 @@ class BlockLoop:
         path = self.plan.blocks[index].path
         try:
             block_fn = func.make_block_fn(self.model.skeleton.get_submodule(path))
-            block_fn = fitted(block_fn, self.recipe, self.backend, self.devices)
+            if self.named:
+                block_fn = as_named(block_fn, path, self.named, self.devices[0])
+            else:
+                block_fn = fitted(block_fn, self.recipe, self.backend, self.devices)
             if isinstance(block_fn, SpreadFn):
                 yield block_fn, block_fn.sent(read_block(self.model, path))
             else:

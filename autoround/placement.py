@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from autoround import func
 from autoround.backends.base import Backend
+from autoround.layers import LayerSetting, assign
 from autoround.log import LOGGER
 from autoround.recipe import Recipe
 
@@ -53,6 +54,46 @@ def fitted(block_fn: func.BlockFn, recipe: Recipe, backend: Backend, devices: Se
         return block_fn
     places = place(block_fn.skeleton, [int(WEIGHTS_SHARE * size) // weight_bytes(recipe) for size in known])
     return spread(block_fn, {path: devices[index] for path, index in places.items()}) if len(places) > 1 else block_fn
+
+
+def as_named(block_fn: func.BlockFn, path: str, named: Mapping[str, torch.device], home: torch.device) -> SpreadFn:
+    """The block with its modules where a map says.
+
+    Args:
+        block_fn: the lifted block.
+        path: of the block.
+        named: from ``find_named``.
+        home: where the rest computes.
+    """
+    own = {name: named[full] for name, _ in block_fn.skeleton.named_modules()
+           if (full := f"{path}.{name}".rstrip(".")) in named}  # fmt: skip
+    places = {"": home, **own}
+    apart = {name: device for name, device in own.items()
+             if name and device != _device(places, name.rpartition(".")[0])}  # fmt: skip
+    return spread(block_fn, {"": places[""], **apart})
+
+
+def find_named(named: Mapping[str, torch.device], model: nn.Module, blocks: Sequence[str]) -> dict[str, torch.device]:
+    """Module path -> device, of all modules in blocks that a map names.
+
+    Args:
+        named: path or pattern -> device, the later ones winning, whole paths over patterns.
+        model: the model, with or without data.
+        blocks: paths of its blocks.
+
+    Raises:
+        UsageError: a pattern names no module of a block.
+
+    >>> model = nn.Sequential(nn.Sequential(nn.ReLU(), nn.ReLU()))
+    >>> find_named({r"1$": torch.device("cpu")}, model, ["0"])
+    {'0.1': device(type='cpu')}
+    """
+    paths = [
+        f"{block}.{name}".rstrip(".") for block in blocks for name, _ in model.get_submodule(block).named_modules()
+    ]
+    settings = [LayerSetting(pattern=pattern, changes=(("device", device),), flag="device_map")
+                for pattern, device in named.items() if pattern]  # fmt: skip
+    return {path: dict(setting.changes)["device"] for path, setting in assign(settings, paths).items()}
 
 
 def weight_bytes(recipe: Recipe) -> int:

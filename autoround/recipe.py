@@ -95,7 +95,8 @@ class Recipe:
         choices=("last", "best"))
 
     device_map: str = option(
-        "auto", "auto, cpu, cuda, xpu, hpu, or numbers of accelerators: 0,1,2,3", "device", "device", "devices")
+        "auto", "auto, cpu, cuda, xpu, hpu, numbers of accelerators: 0,1,2,3, or devices of modules: {mlp: 1}",
+        "device", "device", "devices")
     low_gpu_mem_usage: bool = option(False, "keep activations in host memory", "device")
     activations: Literal["ram", "disk", "auto"] = option(
         "auto", "where calibration activations lie: ram, disk (memory-mapped files of the journal), or auto: on the "

@@ -1,5 +1,6 @@
 """What the engine asks of a device, and how a name becomes one."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -9,6 +10,7 @@ import torch
 
 from autoround.errors import UsageError
 from autoround.launch import Launch
+from autoround.layers import read_mapping
 
 # Token-steps from which on compiling is taken to pay on an accelerator.
 ACCELERATOR_TOKEN_STEPS = 10_000_000
@@ -118,7 +120,8 @@ def select_all(device_map: str) -> tuple[Backend, tuple[torch.device, ...]]:
 
     Args:
         device_map: auto (the first accelerator, else the CPU); or devices of one kind, separated by commas, each a
-            kind (``cpu``, ``cuda``), a kind and a number (``xpu:1``), or the number of an accelerator (``1``).
+            kind (``cpu``, ``cuda``), a kind and a number (``xpu:1``), or the number of an accelerator (``1``); or a
+            mapping from modules to such devices, ``{mlp: 1}``: the first one is then that of the rest, see ``named``.
 
     Raises:
         UsageError: unknown, named twice, of several kinds, or not on this machine.
@@ -127,7 +130,10 @@ def select_all(device_map: str) -> tuple[Backend, tuple[torch.device, ...]]:
     if device_map.strip().lower() == "auto":
         kind = accelerator or "cpu"
         return load(kind), (torch.device(kind),)
-    found = [_parse(part, accelerator or ACCELERATORS[0], device_map) for part in device_map.split(",")]
+    if device_map.strip().startswith("{"):
+        found = list(dict.fromkeys(_entries(device_map, accelerator or ACCELERATORS[0]).values()))
+    else:
+        found = [_parse(part, accelerator or ACCELERATORS[0], device_map) for part in device_map.split(",")]
     if len({kind for kind, _ in found}) > 1:
         raise UsageError(f"device_map: found {device_map!r}; needed devices of one kind")
     if len(set(found)) < len(found):
@@ -139,6 +145,19 @@ def select_all(device_map: str) -> tuple[Backend, tuple[torch.device, ...]]:
             f"{_accelerators()}; use {'one of them, or auto' if accelerator else 'cpu'}"
         )
     return backend, tuple(torch.device(kind) if index is None else torch.device(kind, index) for kind, index in found)
+
+
+def named(device_map: str) -> dict[str, torch.device]:
+    """What ``--device_map`` says of single modules: pattern -> device; "" is the rest, on the kind's first device.
+
+    Args:
+        device_map: accepted by ``select_all``; nothing comes of one that names devices alone.
+    """
+    if not device_map.strip().startswith("{"):
+        return {}
+    accelerator = next((kind for kind in ACCELERATORS if load(kind).count()), ACCELERATORS[0])
+    entries = _entries(device_map, accelerator).items()
+    return {each: torch.device(kind) if index is None else torch.device(kind, index) for each, (kind, index) in entries}
 
 
 def of_rank(backend: Backend, devices: tuple[torch.device, ...], launch: Launch | None) -> tuple[torch.device, ...]:
@@ -162,6 +181,20 @@ def of_rank(backend: Backend, devices: tuple[torch.device, ...], launch: Launch 
             "device for each; lower --nproc-per-node, or name more with --device_map"
         )
     return (devices[launch.local_rank],)
+
+
+def _entries(device_map: str, accelerator: str) -> dict[str, tuple[str, int | None]]:
+    """Kind and number of the device of each pattern, the rest first."""
+    quoted = re.sub(rf"(?<!['\"])\b({'|'.join(BACKENDS)}):(\d+)", r"'\1:\2'", device_map.strip(), flags=re.IGNORECASE)
+    given = read_mapping(quoted, where="device_map")
+    if not isinstance(given, Mapping) or not given:
+        raise UsageError(f"device_map: found {device_map!r}; needed a device for a module, such as {{mlp: 1}}")
+    found = {}
+    for pattern, device in given.items():
+        kind, index = _parse(str(device).replace(" ", ""), accelerator, device_map)
+        found[str(pattern)] = (kind, None if kind == "cpu" else index or 0)
+    kind = next(iter(found.values()))[0]
+    return {"": (kind, None if kind == "cpu" else 0), **found}
 
 
 def _parse(part: str, accelerator: str, device_map: str) -> tuple[str, int | None]:

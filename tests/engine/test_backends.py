@@ -5,13 +5,13 @@ import re
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from autoround.backends.base import BACKENDS, Numerics, jit, load, select, select_all
+from autoround.backends.base import BACKENDS, Numerics, jit, load, named, select, select_all
 from autoround.backends.cpu import COMPILE_TOKEN_STEPS, CPU, EXPLICIT_ATTENTION_TOKENS
 from autoround.backends.gpu import CUDA, XPU
 from autoround.backends.hpu import HPU
@@ -60,7 +60,9 @@ def test_a_number_that_is_too_large_is_told_which_there_are(
     assert select("0")[1] == torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("name", ["tpu", "", "gpu", "cuda:first", "cpu:x", "cpu:0", "-1", "0,,1", "{'model': 0}"])
+@pytest.mark.parametrize(
+    "name", ["tpu", "", "gpu", "cuda:first", "cpu:x", "cpu:0", "-1", "0,,1", "{mlp: gpu}", "{mlp}"]
+)
 def test_names_that_are_no_device(name: str) -> None:
     needed = "needed auto, cpu, cuda, xpu, hpu, or numbers of accelerators with commas between them"
     with pytest.raises(UsageError, match=f"^{re.escape(f'device_map: found {name!r}; {needed}')}$"):
@@ -83,6 +85,28 @@ def test_devices_that_do_not_go_together(name: str, needed: str, monkeypatch: py
         select_all(name)
 
 
+def test_devices_of_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    first, second, third = (torch.device("cuda", index) for index in range(3))
+    for text in ("{mlp:1,q_proj: cuda:1}", '{"mlp": 1, "q_proj": 1}'):
+        assert select_all(text) == (CUDA, (first, second))
+        assert named(text) == {"": first, "mlp": second, "q_proj": second}
+    assert select_all("{'': 2, mlp: cuda}") == (CUDA, (third, first))
+    assert (select_all("{mlp: cpu}"), named("0,1"), named("auto")) == ((CPU, (torch.device("cpu"),)), {}, {})
+
+
+@pytest.mark.parametrize(("text", "needed"), [
+    ("{mlp: 1}", "a device of this machine"), ("{mlp: 0, up_proj: cpu}", "devices of one kind"),
+    ("{}", "a device for a module, such as {mlp: 1}"),
+])  # fmt: skip
+def test_devices_of_modules_that_are_refused(text: str, needed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UsageError, match=f"^device_map: found {text!r}; needed {needed}"):
+        select_all(text)
+
+
 class FakeAccelerator:
     """What the backends of Intel's devices call, with answers of a machine that has two of them."""
 
@@ -101,6 +125,9 @@ class FakeAccelerator:
     def memory_allocated(self, index: int) -> int:
         return 1000 + index
 
+    def get_device_properties(self, device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(total_memory=2000 + device.index)
+
     def empty_cache(self) -> None:
         self.calls.append("empty_cache")
 
@@ -116,6 +143,7 @@ def test_intel_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (XPU.compute_dtype(), XPU.attention(64), XPU.compiler) == (torch.bfloat16, "sdpa", "inductor")
     assert XPU.compile_helps(10**9)
     assert XPU.memory_bytes() == 2001
+    assert XPU.device_bytes(torch.device("xpu", 1)) == 2001
     XPU.release_memory()
     assert fake.calls == ["empty_cache"]
 
@@ -131,6 +159,7 @@ def test_gaudi(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (HPU.compute_dtype(), HPU.attention(64), HPU.compiler) == (torch.bfloat16, "sdpa", "hpu_backend")
     assert HPU.compile_helps(10**9)
     assert HPU.memory_bytes() == 2001
+    assert HPU.device_bytes(torch.device("hpu", 1)) is None
     HPU.release_memory()
 
 
@@ -148,6 +177,7 @@ def test_every_backend_answers_what_the_engine_asks(name: str) -> None:
     assert backend.compute_dtype() in (torch.float32, torch.bfloat16, torch.float16)
     assert backend.attention(64) in ("eager", "sdpa")
     assert backend.memory_bytes() >= 0
+    assert (backend.device_bytes(device) or 1) > 0
     backend.release_memory()
 
 

@@ -16,12 +16,13 @@ from autoround import engine, func
 from autoround.activations import Inputs, Stream
 from autoround.backends.base import Numerics
 from autoround.backends.cpu import CPU
+from autoround.errors import UsageError
 from autoround.forecast.blank import blank
 from autoround.forecast.count import ByteCount
 from autoround.forecast.memory import memory_of
 from autoround.func.block import block_tensors
 from autoround.model.calls import CallTemplate, Hidden, Shared
-from autoround.placement import SpreadFn, fitted, place, spread, weight_bytes
+from autoround.placement import SpreadFn, as_named, find_named, fitted, place, spread, weight_bytes
 from autoround.tuner import BlockTuner, Tuned
 from tests.engine.small import codes, equal_share, make, recipe, tune
 
@@ -183,3 +184,25 @@ def test_what_a_weight_takes(settings: dict[str, Any], tmp_path: Path) -> None:
     (need,) = memory_of(blank(run), 0).blocks
     weights = sum(layer.shape.out_features * layer.shape.in_features for layer in run.plan.blocks[0].layers)
     assert 1 <= weight_bytes(made) * weights / need.host < 1.25
+
+
+def test_a_run_with_devices_of_modules(tmp_path: Path) -> None:
+    one = tune(make(), tmp_path / "one", dtype="float32")
+    other = tune(make(), tmp_path / "other", dtype="float32", device_map="{mlp: cpu, 'layers.1': cpu}")
+    assert equal_share(codes(one), codes(other)) == 1
+
+
+def test_modules_are_where_a_map_says() -> None:
+    model = make()
+    named = {"": HOME, "mlp": AWAY, "model.layers.1": AWAY, "layers.1.mlp.up_proj": HOME}
+    found = find_named(named, model, ["model.layers.0", "model.layers.1"])
+    places = [
+        as_named(func.make_block_fn(model.get_submodule(path)), path, found, HOME).places
+        for path in ("model.layers.0", "model.layers.1")
+    ]
+    assert places == [{"": HOME, "mlp": AWAY}, {"": AWAY, "mlp.up_proj": HOME}]
+
+
+def test_a_map_that_names_no_module(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="device_map: found 'layers.7', which names no layer; needed a path such as"):
+        engine.quantize(make(), recipe(tmp_path, device_map="{layers.7: cpu}"))
