@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from autoround import func, load
+from autoround.backends.gpu import GpuBackend
 from autoround.engine import quantize
 from tests.engine.small import codes, divergence, equal_share, hashes, make, recipe, replaced, stopped, tune
 
@@ -74,3 +75,34 @@ def test_a_written_model_computes_on_the_gpu(tmp_path: Path) -> None:
         on_cpu = model(input_ids=tokens_BT).logits
         on_gpu = model.cuda()(input_ids=tokens_BT.cuda()).logits.cpu()
     assert torch.allclose(on_cpu, on_gpu, atol=1e-2, rtol=1e-2)
+
+
+SEVERAL = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+
+
+@SEVERAL
+def test_several_gpus_share_the_rows(tmp_path: Path) -> None:
+    """As one GPU that computes the same micro-batches; equal GPUs give equal bits."""
+    settings = {"dtype": "float32", "torch_compile": False}
+    one = tune(make(), tmp_path / "one", device_map="0", batch_size=2, gradient_accumulate_steps=2, **settings)
+    two = tune(make(), tmp_path / "two", device_map="0,1", batch_size=4, **settings)
+    assert equal_share(codes(one), codes(two)) > 0.97
+    if torch.cuda.get_device_name(0) == torch.cuda.get_device_name(1):
+        assert equal_share(codes(one), codes(two)) == 1
+
+
+@SEVERAL
+@pytest.mark.parametrize("preset", ["default", "opt_rtn"])
+def test_modules_of_a_block_on_several_gpus(preset: str, tmp_path: Path) -> None:
+    settings = {"dtype": "float32", "torch_compile": False}
+    one = tune(make(), tmp_path / "one", preset, device_map="0", **settings)
+    two = tune(make(), tmp_path / "two", preset, device_map="{self_attn: 1, up_proj: 1}", **settings)
+    assert equal_share(codes(one), codes(two)) > 0.97
+
+
+@SEVERAL
+def test_a_block_that_one_gpu_has_no_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = tune(make(), tmp_path / "one", dtype="float32", device_map="0", batch_size=2, gradient_accumulate_steps=2)
+    monkeypatch.setattr(GpuBackend, "device_bytes", lambda self, device: 10**6)
+    two = tune(make(), tmp_path / "two", dtype="float32", device_map="0,1", batch_size=4)
+    assert equal_share(codes(one), codes(two)) > 0.97
