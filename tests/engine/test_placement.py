@@ -4,6 +4,7 @@ The processor and torch's meta device stand for two devices: tensors without dat
 Values are compared with the processor as every device, so that moves do nothing.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from autoround.activations import Inputs, Stream
 from autoround.backends.base import Numerics
 from autoround.backends.cpu import CPU
 from autoround.errors import UsageError
+from autoround.forecast.blank import blank, mapped
 from autoround.forecast.count import ByteCount
 from autoround.func.block import block_tensors
 from autoround.model.calls import CallTemplate, Hidden, Shared
+from autoround.model.read import read_block
 from autoround.placement import SpreadFn, as_named, find_named, fitted, place, spread, weight_bytes
 from autoround.tuner import BlockTuner, Tuned
+from tests.engine import mixtures
 from tests.engine.small import codes, equal_share, make, recipe, tune
 
 HOME, AWAY = torch.device("meta"), torch.device("cpu")
@@ -91,6 +95,25 @@ def test_no_operation_takes_tensors_of_two_devices(split: str, settings: str, tm
     away = {path for path, codes in done.codes.items() if codes.q_OI.device == AWAY}
     assert away == {path for path in done.codes if path.startswith(AWAY_PATHS[split])}
     assert done.stream is not None and done.stream.quantized_NTD.device == HOME
+
+
+def test_experts_compute_elsewhere(tmp_path: Path) -> None:
+    """The tokens that each takes are counted there, and starved ones are sent some."""
+    settings = {"iters": 1, "nsamples": 4, "starved_experts": "route_all"}
+    bare = blank(engine.quantize(mixtures.make("qwen3_moe"), recipe(tmp_path, **settings)))
+    run, part = bare.run, bare.run.plan.blocks[0]
+    numerics = replace(run.numerics, device="cuda", compiler=None)
+    with FakeTensorMode(allow_non_fake_inputs=True), ByteCount():
+        block_fn = spread(bare.block_fn(0), {"": HOME, "mlp.experts": AWAY})
+        tensors = block_fn.sent(read_block(bare.model, part.path))
+        x_NTD = torch.empty(4, *bare.hidden, dtype=numerics.torch_dtype, device=HOME)
+        template = mapped(bare.templates[0], lambda tensor: torch.empty_like(tensor, device=HOME))
+        given = Inputs(template, Stream(x_NTD, x_NTD), torch.empty(4, TOKENS, dtype=torch.bool, device=HOME))
+        tuner = BlockTuner(run.recipe, numerics, [HOME], on_step=lambda done, loss: None)
+        done = tuner.tune(0, block_fn, tensors, part.specs, given)
+    assert {path for path, own in done.codes.items() if own.q_OI.device == AWAY} == {
+        path for path in done.codes if path.startswith("mlp.experts")}  # fmt: skip
+    assert {own_E.device for own_E in done.tokens.values()} == {AWAY}
 
 
 def test_tensors_of_two_devices_are_noticed() -> None:
