@@ -80,8 +80,10 @@ def quantize_each(
 
     Args and errors are those of ``quantize``; all runs are planned before any work starts.
     """
-    recipes = split(recipe)
-    return tuple(Run(model, each, tokenizer=tokenizer, on_progress=on_progress) for each in recipes)
+    first, *others = split(recipe)
+    runs = [Run(model, first, tokenizer=tokenizer, on_progress=on_progress)]
+    agree(runs[0].ranks, {"format": recipe.format})  # ranks with other runs to come would wait for each other
+    return *runs, *(Run(model, each, tokenizer=tokenizer, on_progress=on_progress) for each in others)
 
 
 class Run:
@@ -91,6 +93,7 @@ class Run:
         recipe: the settings.
         model: the opened model.
         plan: the fate of every weight.
+        ranks: processes that share the run.
     """
 
     def __init__(
@@ -121,10 +124,10 @@ class Run:
             raise UsageError(f"device_map: found {recipe.device_map!r}; needed devices alone, which processes share")
         self._devices = of_rank(self._backend, devices, launch)
         self._device = self._devices[0]
-        self._ranks = join(launch, self._backend.name)
-        self._first = self._ranks.rank == 0
+        self.ranks = join(launch, self._backend.name)
+        self._first = self.ranks.rank == 0
         recorded = read_manifest(self.journal_folder).get("numerics", {}) if continued and self._first else {}
-        recorded = self._ranks.tell(recorded)
+        recorded = self.ranks.tell(recorded)
         attention = recorded.get("attention") or self._backend.attention(recipe.seqlen)
         self.model = open_model(
             model,
@@ -148,14 +151,14 @@ class Run:
         free //= launch.local_size if launch else 1
         self._place = choose_place(recipe, self.model, dtype, self._device, free)
         listen = on_progress if self._first else None
-        abreast = self._ranks.size if recipe.parallel == "blocks" else 1
+        abreast = self.ranks.size if recipe.parallel == "blocks" else 1
         self._meter = Meter(len(self.plan.parts), recipe.iters, self._backend.memory_bytes, listen, abreast)
         self._journal: Journal | None = None
         self._lock: BaseFileLock | None = None  # of a journal that is there; held from before the first work on
         self._origin = origin(
             model, revision=recipe.revision, cache_dir=recipe.cache_dir, trust_remote_code=recipe.trust_remote_code
         )
-        agree(self._ranks, shared_facts(recipe, self._numerics))
+        agree(self.ranks, shared_facts(recipe, self._numerics))
 
     @property
     def numerics(self) -> Numerics:
@@ -186,7 +189,7 @@ class Run:
         torch.set_num_threads(self._numerics.threads)  # a model that writes rows repeats them with as many
         self._lock = hold(self.journal_folder) if self._first else None
         needed = self._first and self.recipe.needs_data and self.plan.specs
-        calibration = self._ranks.tell(self._calibration() if needed else None)
+        calibration = self.ranks.tell(self._calibration() if needed else None)
         if self._journal is None:
             self._journal = self._open_journal(calibration)
         journal = self._journal
@@ -225,7 +228,7 @@ class Run:
                 pass
         assert self._journal is not None
         self._backend.release_memory()
-        return self._ranks.tell(self._write(self._journal, target) if self._first else ())
+        return self.ranks.tell(self._write(self._journal, target) if self._first else ())
 
     def _write(self, journal: Journal, target: Target) -> tuple[Path, ...]:
         return write_formats(
@@ -238,7 +241,7 @@ class Run:
 
     def _finished(self, journal: Journal) -> int:
         """How many blocks are done; the first rank knows."""
-        return self._ranks.tell(journal.finished())
+        return self.ranks.tell(journal.finished())
 
     def _loop(self, journal: Journal) -> BlockLoop:
         return BlockLoop(
@@ -252,7 +255,7 @@ class Run:
             meter=self._meter,
             numerics=self._numerics,
             place=self._place,
-            ranks=self._ranks,
+            ranks=self.ranks,
             named=self._named,
         )
 
@@ -280,7 +283,7 @@ class Run:
 
     def _open_journal(self, calibration: Calibration | None) -> Journal:
         if not self._first:
-            return Follower(self.journal_folder, self._ranks.rank)
+            return Follower(self.journal_folder, self.ranks.rank)
         self._meter.phase("calibration", "hashing the source weights")
         manifest = manifest_of(
             self.recipe,

@@ -20,7 +20,7 @@ import torch
 
 from autoround import tuner
 from autoround.cli.main import main as command
-from autoround.engine import quantize
+from autoround.engine import quantize, quantize_each
 from autoround.errors import AutoRoundError
 from autoround.recipe import Recipe
 from autoround.tuner import BlockTuner
@@ -59,6 +59,13 @@ def run_left(folder: Path, name: str, settings: dict[str, Any]) -> str:
 def run_apart(folder: Path, name: str, settings: dict[str, Any]) -> str:
     """The ranks were told different seeds."""
     return run(folder, name, settings | {"seed": RANK})
+
+
+def run_formats(folder: Path, name: str, settings: dict[str, Any]) -> str:
+    """The second rank was told of a format whose grid needs a run of its own."""
+    formats = ("auto_round", "fake", *("gguf:q4_0",) * RANK)
+    quantize_each(folder / "source", shared_recipe(folder / name, format=formats, **settings))
+    return "planned"
 
 
 def run_astray(folder: Path, name: str, settings: dict[str, Any]) -> str:
@@ -109,7 +116,7 @@ def run_command(folder: Path, name: str, settings: dict[str, Any]) -> str:
 
 KINDS: dict[str, Callable[[Path, str, dict[str, Any]], str]] = {
     "run": run, "apart": run_apart, "astray": run_astray, "killed": run_killed, "command": run_command,
-    "blocks": run_blocks, "left": run_left,
+    "blocks": run_blocks, "left": run_left, "formats": run_formats,
 }  # fmt: skip
 
 

@@ -71,6 +71,7 @@ def test_one_two_and_four_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     disk = {"activations": "disk"}
     orders = [("run", "two", {}), ("apart", "apart", {}), ("astray", "astray", {}), ("command", "command", {})]
     apart = [("blocks", "blocks_2", {}), ("left", "left", {}), ("blocks", "blocks_disk", disk)]
+    orders.append(("formats", "formats", {}))
     two = start(tmp_path, 2, *orders, ("run", "disk", disk), ("run", "columns_2", columns), *apart)
     assert two.returncode == 0, two.stderr
     left = tmp_path / "left" / "out.journal" / "blocks"
@@ -103,7 +104,10 @@ def test_one_two_and_four_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     for text in told(tmp_path, "apart", 2):
         assert text.startswith("UsageError: rank 1: seed: found 1; needed 0")
+    for text in told(tmp_path, "formats", 2):
+        assert text.startswith("UsageError: rank 1: format: found ('auto_round', 'fake', 'gguf:q4_0'); needed (")
     assert not (tmp_path / "apart").exists()
+    assert not (tmp_path / "formats").exists()
     for text in told(tmp_path, "astray", 2):
         assert text.startswith("AutoRoundError: model.layers.1: found other codes on rank 1 than on the others")
     kept = tmp_path / "astray" / "out.journal" / "blocks"
