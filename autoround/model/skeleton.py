@@ -1,10 +1,13 @@
 """Models without weights: transformers' own modules with every parameter on the meta device."""
 
 import copy
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -72,15 +75,34 @@ def build_skeleton(config: PreTrainedConfig, where: str, *, trust_remote_code: b
             "not supported yet"
         )
     try:
-        with init_empty_weights(include_buffers=False):
-            skeleton: PreTrainedModel = kind.from_config(
-                copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
-            )
+        skeleton = _built(kind, config, nowhere=True, trust_remote_code=trust_remote_code)
+        if any(buffer.is_meta for buffer in skeleton.buffers()):
+            skeleton = _built(kind, config, nowhere=False, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError, OSError) as error:
         raise ModelError(f"{where}: found a {config.model_type} configuration that cannot be built: {error}") from error
     skeleton.tie_weights()
     mark_experts(skeleton)
     return skeleton.requires_grad_(False).eval()
+
+
+def _built(kind: Any, config: PreTrainedConfig, *, nowhere: bool, trust_remote_code: bool) -> PreTrainedModel:
+    """A model as its classes make it; ``nowhere``: what they leave empty takes no memory, not even for a moment.
+
+    Moments of a gigabyte, with small things between them, leave a heap of that size behind.
+    """
+    with init_empty_weights(include_buffers=False), _Nowhere() if nowhere else nullcontext():
+        model: PreTrainedModel = kind.from_config(
+            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    return model
+
+
+class _Nowhere(TorchFunctionMode):
+    """Makes empty tensors on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        found = kwargs or {}
+        return func(*args, **({**found, "device": "meta"} if func is torch.empty else found))
 
 
 def copy_skeleton(module: PreTrainedModel) -> PreTrainedModel:
