@@ -108,6 +108,12 @@ def observe_parts(
         hessians: whether their Hessians are asked for.
         total: as of ``accumulate``, but for trees of which nothing is known before the first part; where it asks for
             some parts only, it asks for one at least.
+
+    >>> from autoround.func.block import make_block_fn
+    >>> block, valid = torch.nn.Sequential(torch.nn.Linear(1, 1)), torch.ones(1, 1, dtype=torch.bool)
+    >>> parts = [[(Call((torch.full((1, 1, 1), value),), {}), valid)] for value in (1.0, 3.0)]
+    >>> observe_parts(make_block_fn(block), block.state_dict(), parts, ["0"]).moments["0"].item()
+    5.0
     """
     paths, first = tuple(paths), dict[str, str]()
 
