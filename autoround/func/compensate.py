@@ -42,7 +42,15 @@ class Columns(NamedTuple):
 
 
 def round_in_turn(columns: Columns, spec: WeightSpec) -> None:
-    """Change every column to what it is when its turn to be rounded comes."""
+    """Change every column to what it is when its turn to be rounded comes.
+
+    >>> from autoround.spec import QuantSpec
+    >>> ones_IO, factor_II = torch.ones(2, 1), torch.tensor([[1.0, 0.5], [0.0, 1.0]])
+    >>> columns = Columns(torch.tensor([[1.25], [1.0]]), ones_IO, 0 * ones_IO, factor_II)
+    >>> round_in_turn(columns, QuantSpec(bits=4, group_size=2))
+    >>> columns.weight_IO.flatten().tolist()  # the first loses 0.25
+    [1.25, 0.875]
+    """
     (weight_IO, scale_IO, shift_IO, factor_II), grid = columns, grid_of(spec)
     for start in range(0, len(weight_IO), LUMP):
         lump_LO, factor_LI = weight_IO[start : start + LUMP], factor_II[start : start + LUMP]
