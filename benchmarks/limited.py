@@ -1,7 +1,7 @@
 """Peak memory of a model several times larger than a limit, of few and of many blocks, and beside auto-round's.
 
-Llamas with random weights are quantized by whole commands in processes of their own, uncompiled, with few rows and
-steps. Three parts:
+Llamas with random weights are quantized by whole commands in processes of their own, with few rows and steps, and
+without our search for clips, which holds slices of bounded size and takes minutes. Three parts:
 
 - ``limit``: a model of 30 blocks and about 3 GB, in files of at most 500 MB, under RLIMIT_DATA of what an interpreter
   has that imported torch and transformers, and 1.5 GB more: tuned, and rounded to nearest; auto-round under the same.
@@ -50,7 +50,7 @@ def make_model(folder: Path, *, hidden: int, blocks: int) -> str:
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     config = LlamaConfig(
-        vocab_size=8 * hidden, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=blocks,
+        vocab_size=59 * hidden, hidden_size=hidden, intermediate_size=hidden * 7 // 4, num_hidden_layers=blocks,
         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 256, tie_word_embeddings=False,
         bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)
@@ -92,9 +92,10 @@ def quantize(name: str, recipe: str, job: Job, *, data_limit: int | None = None)
         job = dataclasses.replace(job, iters=None)
     folder = Path(tempfile.mkdtemp(dir=job.output.parent))
     own = dataclasses.replace(job, output=folder / "out")
-    variables = VARIABLES | dict(TOOLS[name].variables)
+    variables, words = VARIABLES | dict(TOOLS[name].variables), TOOLS[name].recipes[recipe](own)
+    words += ["--no_clip_search"] * (name == OURS)
     try:
-        return measure(TOOLS[name].recipes[recipe](own), folder / "log.txt", variables, data_limit=data_limit)
+        return measure(words, folder / "log.txt", variables, data_limit=data_limit)
     except Failed as failed:
         return failed
     finally:

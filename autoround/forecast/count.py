@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
+# What is as large as this glibc maps by itself, and gives back when it is freed; less lies among others in its heap.
+MAPPED_BYTES = 2**25
 _aten = torch.ops.aten
 
 
@@ -21,12 +23,16 @@ class ByteCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Questions that need data are answered so that work goes on: truths are true, numbers 0, and of a choice by a mask
     everything is taken.
 
+    Args:
+        kept: resident bytes for each byte of a tensor in the heap of the CPU's allocator.
+
     Attributes:
         live, peak: bytes by kind of device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kept: float = 1.0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._kept = kept
         self.live: dict[str, int] = defaultdict(int)
         self.peak: dict[str, int] = defaultdict(int)
         self._known = WeakIdKeyDictionary()
@@ -50,10 +56,14 @@ class ByteCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if storage in self._known or device == "meta":
             return
         self._known[storage] = True
-        size = storage.nbytes()
+        size = self.resident(storage.nbytes(), device)
         self.live[device] += size
         self.peak[device] = max(self.peak[device], self.live[device])
         weakref.finalize(storage, self._free, device, size)
+
+    def resident(self, size: int, device: str) -> int:
+        """Bytes that a tensor takes on a kind of device."""
+        return round(self._kept * size) if device == "cpu" and size < MAPPED_BYTES else size
 
     def _free(self, device: str, size: int) -> None:
         self.live[device] -= size

@@ -27,10 +27,10 @@ from autoround.model.read import read_block
 from autoround.recipe import Recipe
 from autoround.tuner import BlockTuner
 
-# Resident memory for each byte of tensors that live at the worst moment: glibc keeps what is freed between them.
-# Chosen from the peaks of three small dense models; benchmarks/plan_accuracy.py compares.
-CPU_KEPT = 1.75
-# The same for an accelerator's caching allocator, and its context; not measured.
+# Resident memory for each byte of tensors in glibc's heap at the worst moment: what is freed between others stays.
+# Chosen from the peaks of a wide model, one that is compensated, and a mixture; benchmarks/plan_accuracy.py compares.
+CPU_KEPT = 2.0
+# The same for all tensors of an accelerator's caching allocator, and its context; not measured.
 DEVICE_KEPT, DEVICE_CONTEXT = 1.1, 500_000_000
 # What reading text adds to a process: libraries for data sets, tokenizer, text: an estimate.
 DATA_BYTES = 45_000_000
@@ -57,7 +57,7 @@ def memory_of(blank: BlankRun, process: int) -> Memory:
     others, outside_codes = _others(blank)
     host = process + (DATA_BYTES if blank.templates else 0)
     host += COMPILER_BYTES if run.numerics.compiler else 0
-    host += round(CPU_KEPT * max([others, *(need.host for need in blocks)]))
+    host += max([others, *(need.host for need in blocks)])
     device = DEVICE_CONTEXT + round(DEVICE_KEPT * max((need.device for need in blocks), default=0))
     return Memory(process=process, activations=activations, blocks=blocks, others=others, outside_codes=outside_codes,
                   host=host, device=device if on_device else 0)  # fmt: skip
@@ -95,7 +95,6 @@ def _tuned(blank: BlankRun, index: int) -> tuple[int, int, int]:
     run, block, home = blank.run, blank.run.plan.blocks[index], _home(blank)
     some = dataclasses.replace(run.recipe, nsamples=min(run.recipe.nsamples, 2 * _step_rows(run.recipe)))
     row = math.prod(blank.hidden) * run.numerics.torch_dtype.itemsize if blank.templates else 0
-    missing = -some.nsamples * row if run.place.on_disk else (run.recipe.nsamples - some.nsamples) * row
     peaks: dict[str, int] = defaultdict(int)
 
     def mark(copies: int) -> None:
@@ -103,7 +102,9 @@ def _tuned(blank: BlankRun, index: int) -> tuple[int, int, int]:
             peaks[kind] = max(peaks[kind], size + (copies * missing if kind == home.type else 0))
         count.peak.clear()
 
-    with without_data(), ByteCount() as count:
+    with without_data(), ByteCount(CPU_KEPT) as count:
+        there, all_rows = (count.resident(each.nsamples * row, home.type) for each in (some, run.recipe))
+        missing = -there if run.place.on_disk else all_rows - there
         stored = read_block(blank.model, block.path)
         tensors = {name: _empty(tensor, run.device) for name, tensor in stored.items()}
         aims = run.recipe.starved_experts == "route_all"  # then steps have targets of their own
@@ -184,7 +185,7 @@ def _others(blank: BlankRun) -> tuple[int, int]:
 def _single(blank: BlankRun, path: str) -> tuple[int, int]:
     """Bytes at the worst moment while a layer outside the blocks is quantized, and those of its codes."""
     run = blank.run
-    with without_data(), ByteCount() as count:
+    with without_data(), ByteCount(CPU_KEPT) as count:
         weight_OI = _empty(read_weight(blank.model, path), run.device)
         recipe, numerics, devices = _means(blank)
         recipe = dataclasses.replace(recipe, clip_search=False)  # whose slices are small beside what is rounded at once

@@ -13,7 +13,7 @@ class BlockNeed:
     Attributes:
         paths: blocks of this kind, in call order.
         host, device: bytes of all tensors at the worst moment, the rows that flow from block to block included; the
-            host's are all of them where the device is the CPU.
+            host's are all of them where the device is the CPU, and with them what its allocator keeps between them.
         codes: bytes of its codes in the journal.
     """
 
