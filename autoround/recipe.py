@@ -104,7 +104,7 @@ class Recipe:
         choices=("ram", "disk", "auto"))
     parallel: Literal["data", "blocks"] = option(
         "data", "what the processes that torchrun starts share: the rows of every step (data), or the blocks, each of "
-        "which one process tunes on what the float model makes of the rows: faster, a little less accurate", "device",
+        "which one process tunes on what the float model makes of the rows: no step waits, less accurate", "device",
         choices=("data", "blocks"))
     torch_compile: bool | None = option(
         None, "compile the tuning step; on where it helps when unset", "device", "enable_torch_compile",
