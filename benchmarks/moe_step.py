@@ -12,7 +12,6 @@ the whole process with many steps.
 import argparse
 import dataclasses
 import json
-import random
 import statistics
 import tempfile
 from pathlib import Path
@@ -24,9 +23,8 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from benchmarks import machine
 from benchmarks.cost import Cost, measure
 from benchmarks.peers import OURS, SPARE, THEIRS, TOOLS, Job
-from tests.data.words import make_tokenizer
+from tests.data.words import make_tokenizer, random_texts
 
-WORDS = 1000
 HEAD = 64
 CHOSEN = 8
 
@@ -47,8 +45,7 @@ def make_model(options: argparse.Namespace, folder: Path) -> None:
 
 def make_job(options: argparse.Namespace, folder: Path) -> Job:
     """What both are asked for: rows of random words."""
-    draw, texts = random.Random(0), folder / "texts.jsonl"
-    lines = (" ".join(f"w{draw.randrange(WORDS)}" for _ in range(options.seqlen + SPARE)) for _ in range(options.rows))
+    texts, lines = folder / "texts.jsonl", random_texts(options.rows, options.seqlen + SPARE)
     texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     return Job(
         source=folder / "model", texts=texts, tokens=folder / "unused.json", output=folder / "out", bits=options.bits,

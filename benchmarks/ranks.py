@@ -12,7 +12,6 @@ are not two cores: see ``Thread(s) per core``.
 import argparse
 import hashlib
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -24,9 +23,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import machine
-from tests.data.words import make_tokenizer
+from tests.data.words import make_tokenizer, random_texts
 
-WORDS, SPARE = 1000, 64
+SPARE = 64
 # Processes, and what they share.
 CASES = ((1, "data"), (2, "data"), (2, "blocks"))
 
@@ -41,9 +40,7 @@ def make_model(options: argparse.Namespace, folder: Path) -> None:
         num_key_value_heads=options.hidden // 64, tie_word_embeddings=False)  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    draw = random.Random(0)
-    lines = (" ".join(f"w{draw.randrange(WORDS)}" for _ in range(options.seqlen + SPARE)) for _ in range(options.rows))
-    (folder / "texts.txt").write_text("\n\n".join(lines))
+    (folder / "texts.txt").write_text("\n\n".join(random_texts(options.rows, options.seqlen + SPARE)))
 
 
 def seconds(options: argparse.Namespace, folder: Path, case: tuple[int, str], iters: int) -> tuple[float, str]:

@@ -126,14 +126,14 @@ def select_all(device_map: str) -> tuple[Backend, tuple[torch.device, ...]]:
     Raises:
         UsageError: unknown, named twice, of several kinds, or not on this machine.
     """
-    accelerator = next((kind for kind in ACCELERATORS if load(kind).count()), None)
+    accelerator = _accelerator()
     if device_map.strip().lower() == "auto":
         kind = accelerator or "cpu"
         return load(kind), (torch.device(kind),)
     if device_map.strip().startswith("{"):
-        found = list(dict.fromkeys(_entries(device_map, accelerator or ACCELERATORS[0]).values()))
+        found = list(dict.fromkeys(_entries(device_map, accelerator).values()))
     else:
-        found = [_parse(part, accelerator or ACCELERATORS[0], device_map) for part in device_map.split(",")]
+        found = [_parse(part, accelerator, device_map) for part in device_map.split(",")]
     if len({kind for kind, _ in found}) > 1:
         raise UsageError(f"device_map: found {device_map!r}; needed devices of one kind")
     if len(set(found)) < len(found):
@@ -144,7 +144,7 @@ def select_all(device_map: str) -> tuple[Backend, tuple[torch.device, ...]]:
             f"device_map: found {device_map!r}; needed a device of this machine, which has a CPU and "
             f"{_accelerators()}; use {'one of them, or auto' if accelerator else 'cpu'}"
         )
-    return backend, tuple(torch.device(kind) if index is None else torch.device(kind, index) for kind, index in found)
+    return backend, tuple(_device(*each) for each in found)
 
 
 def named(device_map: str) -> dict[str, torch.device]:
@@ -155,9 +155,7 @@ def named(device_map: str) -> dict[str, torch.device]:
     """
     if not device_map.strip().startswith("{"):
         return {}
-    accelerator = next((kind for kind in ACCELERATORS if load(kind).count()), ACCELERATORS[0])
-    entries = _entries(device_map, accelerator).items()
-    return {each: torch.device(kind) if index is None else torch.device(kind, index) for each, (kind, index) in entries}
+    return {pattern: _device(*each) for pattern, each in _entries(device_map, _accelerator()).items()}
 
 
 def of_rank(backend: Backend, devices: tuple[torch.device, ...], launch: Launch | None) -> tuple[torch.device, ...]:
@@ -183,7 +181,16 @@ def of_rank(backend: Backend, devices: tuple[torch.device, ...], launch: Launch 
     return (devices[launch.local_rank],)
 
 
-def _entries(device_map: str, accelerator: str) -> dict[str, tuple[str, int | None]]:
+def _accelerator() -> str | None:
+    """The first kind of which this machine has one."""
+    return next((kind for kind in ACCELERATORS if load(kind).count()), None)
+
+
+def _device(kind: str, index: int | None) -> torch.device:
+    return torch.device(kind) if index is None else torch.device(kind, index)
+
+
+def _entries(device_map: str, accelerator: str | None) -> dict[str, tuple[str, int | None]]:
     """Kind and number of the device of each pattern, the rest first."""
     quoted = re.sub(rf"(?<!['\"])\b({'|'.join(BACKENDS)}):(\d+)", r"'\1:\2'", device_map.strip(), flags=re.IGNORECASE)
     given = read_mapping(quoted, where="device_map")
@@ -197,11 +204,11 @@ def _entries(device_map: str, accelerator: str) -> dict[str, tuple[str, int | No
     return {"": (kind, None if kind == "cpu" else 0), **found}
 
 
-def _parse(part: str, accelerator: str, device_map: str) -> tuple[str, int | None]:
+def _parse(part: str, accelerator: str | None, device_map: str) -> tuple[str, int | None]:
     """Kind and number of one device; a number alone is one of the accelerator's."""
     kind, _, index = part.strip().lower().partition(":")
     if kind.isdigit() and not index:
-        kind, index = accelerator, kind
+        kind, index = accelerator or ACCELERATORS[0], kind
     if kind not in BACKENDS or (index and not index.isdigit()) or (kind == "cpu" and index):
         raise UsageError(
             f"device_map: found {device_map!r}; needed auto, {', '.join(BACKENDS)}, or numbers of accelerators with "

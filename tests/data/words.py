@@ -1,6 +1,7 @@
 """A word tokenizer, every word one token, and ways to load data with it, so that tests can count."""
 
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,12 @@ def make_tokenizer(*, bos: bool = False, eos: bool = True, chat_template: str | 
 def words(count: int, first: int = 0) -> str:
     """Return a text of that many tokens."""
     return " ".join(f"w{(first + index) % 1000}" for index in range(count))
+
+
+def random_texts(rows: int, count: int) -> list[str]:
+    """Return texts of that many tokens each, always the same ones."""
+    draw = random.Random(0)
+    return [" ".join(f"w{draw.randrange(1000)}" for _ in range(count)) for _ in range(rows)]
 
 
 class StubWriter:
