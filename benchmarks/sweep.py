@@ -63,6 +63,16 @@ def _variants(bits: int, **axes: tuple[Any, ...]) -> list[Variant]:
     return [Variant(bits=bits, settings=own) for own in found]
 
 
+def _paced(bits: int, *paces: tuple[int, int], parts: tuple[float, ...], compensate: bool = False) -> list[Variant]:
+    """So many steps of so many rows, each with parts of the rate 1 / steps."""
+    start: tuple[tuple[str, Any], ...] = (("compensate", True),) if compensate else ()
+    return [
+        Variant(bits=bits, settings=(("iters", steps), ("batch_size", rows), ("lr", part / steps), *start))
+        for steps, rows in paces
+        for part in parts
+    ]
+
+
 def groups(bits: int) -> dict[str, list[Variant]]:
     """The questions, each with its variants."""
     both = (False, True)
@@ -71,11 +81,13 @@ def groups(bits: int) -> dict[str, list[Variant]]:
         "steps": _variants(bits, iters=(25, 50, 100, 200)),
         "light": _variants(bits, iters=(15, 50), compensate=both, lr=(0.005,)),
         "rate": _variants(bits, iters=(25,), lr=(0.0025, 0.005, 0.01, 0.02, 0.04)),
-        "rate50": _variants(bits, iters=(50,), lr=(0.005, 0.01, 0.02)),
         "rate200": _variants(bits, iters=(200,), compensate=both, lr=(0.0025, 0.005, 0.01)),
         "clips": _variants(bits, iters=(25,), minmax_lr=(0.01, 0.02, 0.08)),
         "momentum": _variants(bits, iters=(25,), momentum=(0.5, 0.9), lr=(0.02, 0.04)),
-        "rows": _variants(bits, iters=(50,), batch_size=(4,)),
+        "pace": _paced(bits, (25, 8), (50, 4), (100, 2), parts=(0.25, 0.5, 1.0)),
+        "pace50": _paced(bits, (50, 8), (100, 4), (200, 2), parts=(0.25, 0.5, 1.0)),
+        "pace200": _paced(bits, (200, 8), (400, 4), parts=(0.25, 0.5, 1.0)),
+        "compensated": _paced(bits, (25, 8), (50, 4), parts=(0.0625, 0.125, 0.25, 0.5), compensate=True),
         "adam": _variants(bits, iters=(25,), adam=(True,), lr=(0.01, 0.02, 0.04)),
         "keep": _variants(bits, iters=(25,), keep=("best",)),
         "apart": _variants(bits, iters=(25,), parallel=("data", "blocks")),
