@@ -40,6 +40,7 @@ def measure(
     *,
     cache: Path | None = None,
     data_limit: int | None = None,
+    timeout: float | None = None,
 ) -> Cost:
     """Run a command in the folder of its log.
 
@@ -49,9 +50,10 @@ def measure(
         environment: variables beside our own.
         cache: folder of compiled code; a new one, deleted afterwards, when None: the compiler starts cold.
         data_limit: RLIMIT_DATA in bytes: heap, stacks of threads, and files that are mapped to be written to.
+        timeout: seconds after which it is ended, with its children.
 
     Raises:
-        Failed: it failed.
+        Failed: it failed or took too long.
     """
     with tempfile.TemporaryDirectory() as cold, log.open("w") as output:
         variables = {**os.environ, **QUIET, CACHE: str(cache or cold), **environment}
@@ -65,12 +67,25 @@ def measure(
                 rss = process.memory_info().rss
                 own, anonymous = max(own, rss), max(anonymous, _anonymous(process.pid))
                 tree = max(tree, rss + sum(_unshared(child) for child in process.children(recursive=True)))
+            if timeout is not None and time.monotonic() - start > timeout:
+                _end(process)
+                raise Failed(f"{command[0]}: ended after {timeout:.0f} s; see {log}")
             time.sleep(POLL_SECONDS)
         seconds = time.monotonic() - start
     if process.returncode:
         last = log.read_text(errors="replace").strip().splitlines()[-3:]
         raise Failed(f"{command[0]}: status {process.returncode}; see {log}: {' | '.join(last)}")
     return Cost(seconds, own / 1e9, tree / 1e9, anonymous / 1e9)
+
+
+def _end(process: psutil.Process) -> None:
+    """Kill a process and its children, and wait for it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in process.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        process.kill()
+    process.wait()
 
 
 def _anonymous(pid: int) -> int:

@@ -38,6 +38,7 @@ class Job:
         output: folder below which the tool writes.
         iters: steps a block in place of the recipe's own; None keeps these.
         compiled: tools that decide by the size of a job whether to compile are told to.
+        device: of autoround and auto-round, as ``--device_map`` takes it.
     """
 
     source: Path
@@ -53,6 +54,7 @@ class Job:
     iters: int | None = None
     compiled: bool = False
     batch_size: int = BATCH_SIZE
+    device: str = "cpu"
 
     def write(self, file: Path) -> Path:
         """As JSON, for a driver."""
@@ -89,7 +91,7 @@ class Tool:
 
 def _settings(job: Job, *, data: bool) -> list[str]:
     words = [str(job.source), "--bits", str(job.bits), "--group_size", str(job.group_size), "--format", "auto_round",
-             "--output_dir", str(job.output), *([] if job.sym else ["--asym"])]  # fmt: skip
+             "--output_dir", str(job.output), "--device_map", job.device, *([] if job.sym else ["--asym"])]  # fmt: skip
     if data:
         words += ["--nsamples", str(job.rows), "--seqlen", str(job.seqlen), "--seed", str(job.seed),
                   "--batch_size", str(job.batch_size)]  # fmt: skip
@@ -104,8 +106,7 @@ def _ours(command: str, *, data: bool = True) -> Callable[[Job], list[str]]:
 
 def _theirs(command: str, *extra: str, data: bool = True) -> Callable[[Job], list[str]]:
     program = str(client_python("auto-round").with_name(command))
-    device = ("--device_map", "cpu")
-    return lambda job: [program, *_settings(job, data=data), *(["--dataset", str(job.texts)] * data), *device, *extra]
+    return lambda job: [program, *_settings(job, data=data), *(["--dataset", str(job.texts)] * data), *extra]
 
 
 def _driver(environment: str, script: str, *words: str) -> Callable[[Job], list[str]]:
