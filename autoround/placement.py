@@ -20,8 +20,8 @@ from autoround.recipe import Recipe
 WEIGHTS_SHARE = 0.7
 # Bytes for each weight of a block while it is quantized, and what some settings add to them. Counted by
 # tests/engine/test_placement.py while the tuner runs on tensors without data.
-WEIGHT_BYTES = 38
-MORE_BYTES: Mapping[str, int] = {"best": 10, "momentum": 10, "adam": 23}
+WEIGHT_BYTES = 28
+MORE_BYTES: Mapping[str, int] = {"best": 8, "momentum": 8, "adam": 17}
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -71,7 +71,8 @@ class BlockTuner:
         on_step: Callable[[int, Callable[[], float]], None],
         ranks: Ranks = ALONE,
     ) -> None:
-        self._recipe, self._numerics, self._devices, self._on_step = recipe, numerics, devices, on_step
+        self._recipe, self._numerics, self._devices = recipe, numerics, devices
+        self._on_step = lambda done, loss: on_step(done, loss.item)
         self._dtype, self._ranks = numerics.torch_dtype, ranks
         self._passes = Passes(batch_size=recipe.batch_size, devices=devices, ranks=ranks)
         self._compiled: dict[Any, Any] = {}
@@ -118,13 +119,13 @@ class BlockTuner:
                 x_NTD = inputs.stream.float_NTD
                 aim_NTD = self._passes.outputs(trained_fn, float_tensors, inputs.template, x_NTD, room)
         compiled()  # the search compiles too, and torch compiles one thing at a time
-        start = self._start(weights, observed.moments, specs)
+        start = _without_offsets(self._start(weights, observed.moments, specs))
         tuned = func.compensate(weights.tuned, start, observed.hessians, specs)
-        weights, params = weights._replace(tuned=fusion.merge(tuned)), fusion.merge(start)
-        del float_tensors, tuned, start
-        result = self._take_steps(trained_fn, fusion, weights, params, partial(self._batches, index, inputs, aim_NTD))
+        weights = weights._replace(tuned=fusion.merge(tuned))
+        del float_tensors, tuned
+        result = self._take_steps(trained_fn, fusion, weights, start, partial(self._batches, index, inputs, aim_NTD))
         del aim_NTD
-        found = _restored(fusion.split(result.params), fusion.split(params), observed.tokens)
+        found = _restored(fusion.split(result.params), start, observed.tokens)
         codes = _quantize(fusion.split(weights.tuned), found, specs)
         if inputs.target_NTD is not None:
             return Tuned(codes, result.losses_K, None, tokens)
@@ -225,13 +226,13 @@ class BlockTuner:
         block_fn: func.BlockFn,
         fusion: func.Fusion,
         weights: func.BlockWeights,
-        params: func.Params,
+        start: func.Params,
         batches: Callable[[Sequence[torch.device]], Iterator[list[func.Batch]]],
     ) -> func.TuneResult:
         """All steps of a block, each over one batch, or over micro-batches that the devices share."""
-        if not params:  # all its layers are kept
-            return func.TuneResult(params, torch.zeros(0))
-        state, key, places = self._state(params, fusion), self._key(block_fn, fusion), self._places(block_fn)
+        if not start:  # all its layers are kept
+            return func.TuneResult(start, torch.zeros(0))
+        key, places = self._key(block_fn, fusion), self._places(block_fn)
         own: Any = weights
         rows: Iterator[Any] = batches(places)
         if len(places) == 1:
@@ -245,7 +246,8 @@ class BlockTuner:
             copies = replicas(weights, places)
             step = func.accumulate(gradients, update, total=partial(summed, self._ranks))
             own = [copies[device] for device in places]
-        return func.tune_block(step, own, state, rows, on_step=lambda done, loss: self._on_step(done, loss.item))
+        # no name holds the first state, so that it goes with the first step
+        return func.tune_block(step, own, self._state(fusion.merge(start), fusion), rows, on_step=self._on_step)
 
     def _key(self, block_fn: func.BlockFn, fusion: func.Fusion) -> tuple[Any, ...]:
         """Equal for blocks that share compiled functions."""
@@ -326,6 +328,14 @@ def _restored(params: func.Params, start: func.Params, tokens: Mapping[str, Tens
     return {
         path: restore(own, start[path], starved[module]) if (module := path.rpartition(".")[0]) in starved else own
         for path, own in params.items()
+    }
+
+
+def _without_offsets(start: func.Params) -> func.Params:
+    """The same, with the memory of one number for offsets, which are 0 before the first step."""
+    return {
+        path: own._replace(offset_OGS=own.offset_OGS.new_zeros(()).expand_as(own.offset_OGS))
+        for path, own in start.items()
     }
 
 

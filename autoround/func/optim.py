@@ -24,10 +24,13 @@ class Transform(NamedTuple):
     Attributes:
         init: params -> state.
         update: (grads, state, params) -> (updates, new state); all pytrees shaped like params.
+        alone: whether every number is updated by its own gradient and state alone, so that some rows of a weight may
+            be updated at a time; the state then holds tensors shaped like params, and numbers that count for all.
     """
 
     init: Callable[[Any], Any]
     update: Callable[[Any, Any, Any], tuple[Any, Any]]
+    alone: bool = False
 
 
 def constant(value: float) -> Schedule:
@@ -65,7 +68,7 @@ def sgd(schedule: Schedule) -> Transform:
         rate = schedule(step)
         return tree_map(lambda grad: -rate.to(grad.device) * grad, grads), step + 1
 
-    return Transform(init, update)
+    return Transform(init, update, alone=True)
 
 
 def sign() -> Transform:
@@ -74,7 +77,7 @@ def sign() -> Transform:
     >>> sign().update({"x": torch.tensor([-3.0, 0.0])}, (), None)[0]["x"].tolist()
     [-1.0, 0.0]
     """
-    return Transform(lambda params: (), lambda grads, state, params: (tree_map(torch.sign, grads), state))
+    return Transform(lambda params: (), lambda grads, state, params: (tree_map(torch.sign, grads), state), alone=True)
 
 
 def trace(momentum: float) -> Transform:
@@ -91,7 +94,7 @@ def trace(momentum: float) -> Transform:
         buffer = tree_map(lambda old, grad: momentum * old + grad, buffer, grads)
         return buffer, buffer
 
-    return Transform(lambda params: tree_map(torch.zeros_like, params), update)
+    return Transform(lambda params: tree_map(torch.zeros_like, params), update, alone=True)
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -113,7 +116,7 @@ def chain(*transforms: Transform) -> Transform:
             new_states.append(new_state)
         return grads, tuple(new_states)
 
-    return Transform(init, update)
+    return Transform(init, update, alone=all(transform.alone for transform in transforms))
 
 
 def signsgd(schedule: Schedule, *, momentum: float = 0.0) -> Transform:
@@ -168,7 +171,7 @@ def adamw(
 
         return tree_map(direction, mean, square, params), AdamState(step, mean, square)
 
-    return Transform(init, update)
+    return Transform(init, update, alone=True)
 
 
 def by_field(params: Params) -> dict[str, RoundingParams]:
@@ -218,7 +221,27 @@ def partition(transforms: Mapping[str, Transform], label: Callable[[Any], Any]) 
         merged = [next(updates[name]) for name in labels]
         return tree_unflatten(merged, tree_flatten(grads)[1]), {name: result[1] for name, result in results.items()}
 
-    return Transform(init, update)
+    return Transform(init, update, alone=all(transform.alone for transform in transforms.values()))
+
+
+def by_path(transform: Transform) -> Transform:
+    """Give every weight a state of its own, if the transform treats numbers alone; else the same transform.
+
+    >>> optimizer = by_path(sgd(constant(0.5)))
+    >>> optimizer.init({"up": torch.tensor([1.0])})
+    {'up': tensor(0)}
+    """
+    if not transform.alone:
+        return transform
+
+    def init(params: Any) -> dict[str, Any]:
+        return {path: transform.init({path: own}) for path, own in params.items()}
+
+    def update(grads: Any, states: dict[str, Any], params: Any) -> tuple[Any, dict[str, Any]]:
+        found = {path: transform.update({path: own}, states[path], {path: params[path]}) for path, own in grads.items()}
+        return {path: own[path] for path, (own, _) in found.items()}, {path: own for path, (_, own) in found.items()}
+
+    return Transform(init, update, alone=True)
 
 
 def apply_updates(params: Any, updates: Any) -> Any:

@@ -1,15 +1,16 @@
 """One tuning step as a pure function: gradient, update, projection (SignRound, arXiv 2309.05516, section 3.2)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from autoround.func import optim
 from autoround.func.rounding import fake_quantize, nearest
+from autoround.func.slices import Part, gathered, pulled_back, rows_of, slices, updated
 from autoround.func.types import Batch, BlockFunction, BlockWeights, Params, Prepared, RoundingParams, TuneState
 from autoround.spec import WeightSpec
 
@@ -17,6 +18,7 @@ Specs: TypeAlias = Mapping[str, WeightSpec]
 Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 Projection: TypeAlias = Callable[[Params, Specs], Params]
 Gradient: TypeAlias = Callable[[BlockWeights, Params, Batch], tuple[Params, Tensor]]
+Pull: TypeAlias = Callable[[BlockWeights, Params, Batch], tuple[Tensor, Iterator[Part]]]
 Update: TypeAlias = Callable[[TuneState, Params, Tensor], TuneState]
 Step: TypeAlias = Callable[[BlockWeights, TuneState, Batch], tuple[TuneState, Tensor]]
 Span: TypeAlias = tuple[int, int]
@@ -57,7 +59,7 @@ def init_state(params: Params, optimizer: optim.Transform, *, keep_best: bool = 
     device = next(iter(params.values())).offset_OGS.device if params else None
     return TuneState(
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=optim.by_path(optimizer).init(params),
         # copies: a compiled step would be traced once more for inputs that are one tensor twice
         best_params=tree_map(torch.clone, params) if keep_best else {},
         best_loss=torch.full((), torch.inf, device=device),
@@ -105,6 +107,8 @@ def make_gradient(
     (0.01, [0.1, 0.1])
     """
 
+    pull = _make_pull(block_fn, specs, loss, dtype)
+
     def gradient(weights: BlockWeights, params: Params, batch: Batch) -> tuple[Params, Tensor]:
         def objective(own: Params) -> Tensor:
             output_BTD = block_fn(block_weights(weights, own, specs, dtype), batch.call)
@@ -113,13 +117,22 @@ def make_gradient(
         if torch.compiler.is_compiling():
             grads, value = torch.func.grad_and_value(objective)(params)
             return grads, value
-        with torch.enable_grad():  # which takes blocks with an autograd.Function of their own too
-            leaves, tree = tree_flatten(tree_map(lambda leaf: leaf.detach().requires_grad_(), params))
-            value = objective(tree_unflatten(leaves, tree))
-            found = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-        return tree_unflatten(found, tree), value.detach()
+        value, parts = pull(weights, params, batch)
+        return gathered(params, parts), value
 
     return gradient
+
+
+def _make_pull(block_fn: BlockFunction, specs: Specs, loss: Loss, dtype: torch.dtype) -> Pull:
+    """``(weights, params, batch) -> (loss, slices of the gradient)``, for steps that are not compiled."""
+
+    def pull(weights: BlockWeights, params: Params, batch: Batch) -> tuple[Tensor, Iterator[Part]]:
+        def objective(tuned: dict[str, Tensor]) -> Tensor:
+            return loss(block_fn({**weights.frozen, **tuned}, batch.call), batch.target_BTD, batch.valid_BT)
+
+        return pulled_back(objective, weights, params, specs, dtype)
+
+    return pull
 
 
 def make_update(optimizer: optim.Transform, specs: Specs, *, project: Projection = optim.project) -> Update:
@@ -130,7 +143,8 @@ def make_update(optimizer: optim.Transform, specs: Specs, *, project: Projection
     Args:
         optimizer: any ``Transform`` over the parameters.
         specs: module path relative to the block -> how its weight is stored.
-        project: (params, specs) -> params, puts them back where they may be after each update.
+        project: (params, specs) -> params, puts them back where they may be after each update; some rows of a weight
+            at a time where the optimizer allows it.
 
     >>> from autoround.func.rounding import prepare
     >>> from autoround.spec import QuantSpec
@@ -142,6 +156,21 @@ def make_update(optimizer: optim.Transform, specs: Specs, *, project: Projection
     (0.8, 3.0, 1)
     """
 
+    whole = _make_whole_update(optimizer, specs, project)
+
+    def update(state: TuneState, grads: Params, value: Tensor) -> TuneState:
+        if not _in_slices(optimizer, state):
+            return whole(state, grads, value)
+        parts = ((path, rows, rows_of(own, rows)) for path, own in grads.items() for rows in slices(own))
+        return updated(whole, state, parts, value)
+
+    return update
+
+
+def _make_whole_update(optimizer: optim.Transform, specs: Specs, project: Projection) -> Update:
+    """``make_update`` of all rows at once."""
+    by_path = optim.by_path(optimizer)
+
     def update(state: TuneState, grads: Params, value: Tensor) -> TuneState:
         def better(new: Tensor, old: Tensor) -> Tensor:
             return torch.where(improved.to(old.device), new, old)
@@ -150,11 +179,16 @@ def make_update(optimizer: optim.Transform, specs: Specs, *, project: Projection
         improved, best_params = value < state.best_loss, state.best_params
         if best_params:
             best_params = tree_map(better, state.params, best_params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = by_path.update(grads, state.opt_state, state.params)
         params = project(optim.apply_updates(state.params, updates), specs)
         return TuneState(params, opt_state, best_params, torch.minimum(value, state.best_loss), state.step + 1)
 
     return update
+
+
+def _in_slices(optimizer: optim.Transform, state: TuneState) -> bool:
+    """Whether an update goes through the rows of weights; a compiler does so itself."""
+    return not torch.compiler.is_compiling() and optimizer.alone and bool(state.params)
 
 
 def make_step(
@@ -176,7 +210,7 @@ def make_step(
         optimizer: for example ``signsgd(linear_decay(1 / iters, iters))``.
         loss: (output_BTD, target_BTD, valid_BT) -> 0-d tensor.
         dtype: in which the block computes.
-        project: (params, specs) -> params after each update.
+        project: (params, specs) -> params after each update, as in ``make_update``.
 
     >>> from autoround.spec import QuantSpec
     >>> from autoround.func.block import make_block_fn, split_weights
@@ -193,12 +227,13 @@ def make_step(
     >>> bool(value < first), int(state.step)
     (True, 10)
     """
-    gradient, update = (
-        make_gradient(block_fn, specs, loss=loss, dtype=dtype),
-        make_update(optimizer, specs, project=project),
-    )
+    gradient, pull = make_gradient(block_fn, specs, loss=loss, dtype=dtype), _make_pull(block_fn, specs, loss, dtype)
+    update = _make_whole_update(optimizer, specs, project)
 
     def step(weights: BlockWeights, state: TuneState, batch: Batch) -> tuple[TuneState, Tensor]:
+        if _in_slices(optimizer, state):
+            value, parts = pull(weights, state.params, batch)
+            return updated(update, state, parts, value), value
         grads, value = gradient(weights, state.params, batch)
         return update(state, grads, value), value
 
