@@ -11,12 +11,12 @@ times.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +61,7 @@ def _of(event: dict[str, Any], block: int) -> bool:
 
 
 def timed(words: Sequence[str]) -> int:
-    """``auto-round``, with the seconds spent writing the journal as a last line of JSON on stdout; its exit status."""
+    """``auto-round``, with the seconds spent writing the journal as a last line of JSON on stderr; its exit status."""
     spent = [0.0]
 
     def watched(write: Callable[..., None]) -> Callable[..., None]:
@@ -75,9 +75,8 @@ def timed(words: Sequence[str]) -> int:
 
     Journal.write_block = watched(Journal.write_block)  # type: ignore[method-assign]
     Slots.write = watched(Slots.write)  # type: ignore[method-assign]
-    with redirect_stdout(sys.stderr):
-        status = auto_round(list(words))
-    print(json.dumps({"journal": spent[0]}))
+    status = auto_round(list(words))
+    print(json.dumps({"time": time.time(), "journal": spent[0]}), file=sys.stderr)
     return status
 
 
@@ -89,23 +88,23 @@ def run(words: Sequence[str], cache: Path, kill: Callable[[dict[str, Any]], bool
     """
     variables = os.environ | QUIET | {CACHE: str(cache)}
     command, begun, start = [sys.executable, "-c", CHILD, *words, "--log_json"], time.time(), time.monotonic()
-    events, last = [], "nothing"
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables) as process:
-        assert process.stdout is not None and process.stderr is not None
+    events, last, killed = [(0.0, dict[str, Any]())], "nothing", False
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=variables, start_new_session=True
+    ) as process:
+        assert process.stderr is not None
         for line in process.stderr:
-            last = line.strip()
-            if not last.startswith("{"):
+            if not (last := line.strip()).startswith("{"):
                 continue
             event = json.loads(last)
             events.append((event["time"] - begun, event))
-            if kill is not None and kill(event):
-                process.kill()
+            if killed := kill is not None and kill(event):
+                os.killpg(process.pid, signal.SIGKILL)  # with processes that compile
                 break
-        killed = kill is not None and kill(events[-1][1]) if events else False
-        output = process.stdout.read()
-    if process.returncode and not killed or kill is not None and not killed:
+    journal = events[-1][1].get("journal")
+    if killed != (kill is not None) or not killed and (process.returncode or journal is None):
         raise RuntimeError(f"status {process.returncode} after: {last}")
-    return Told(events, time.monotonic() - start), 0.0 if killed else json.loads(output.splitlines()[-1])["journal"]
+    return Told(events, time.monotonic() - start), journal or 0.0
 
 
 def report(whole: Told, first: Told, second: Told, journal: float, block: int, blocks: int) -> list[str]:
