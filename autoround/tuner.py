@@ -19,6 +19,7 @@ from autoround.coverage import STARVED_TOKENS
 from autoround.errors import AutoRoundError
 from autoround.func import init
 from autoround.func.experts import also_in_turn, in_even_groups, restore
+from autoround.func.slices import CPU_WEIGHTS
 from autoround.func.types import BlockFunction
 from autoround.passes import Passes, bound, replicas
 from autoround.placement import SpreadFn, sharers
@@ -72,8 +73,8 @@ class BlockTuner:
         ranks: Ranks = ALONE,
     ) -> None:
         self._recipe, self._numerics, self._devices = recipe, numerics, devices
-        self._on_step = lambda done, loss: on_step(done, loss.item)
         self._dtype, self._ranks = numerics.torch_dtype, ranks
+        self._on_step = lambda done, loss: on_step(done, loss.item)
         self._passes = Passes(batch_size=recipe.batch_size, devices=devices, ranks=ranks)
         self._compiled: dict[Any, Any] = {}
 
@@ -92,15 +93,16 @@ class BlockTuner:
             block_fn: the lifted block, maybe one that is spread over devices.
             tensors: all its parameters and buffers, on the first device or where it computes; linear weights (O, I).
             specs: layer path relative to the block -> how its weight is stored.
-            inputs: None rounds to nearest without any data.
+            inputs: None quantizes each layer by itself.
 
         Raises:
             AutoRoundError: a weight or a loss is not finite, or a group size does not fit; names the layer.
         """
+        if inputs is None:
+            nearest = {path: self.quantize_layer(path, tensors[f"{path}.weight"], own) for path, own in specs.items()}
+            return Tuned(nearest, torch.zeros(0), None)
         weights = func.split_tensors(tensors, specs)
         weights = weights._replace(frozen=cast(weights.frozen, self._dtype))
-        if inputs is None:
-            return Tuned(_quantize(weights.tuned, func.init_params(weights.tuned), specs), torch.zeros(0), None)
         fusion, float_tensors = func.fuse(weights.tuned, specs), cast(tensors, self._dtype)
         compiled = self._compile_ahead(index, block_fn, fusion, weights, inputs)
         target_NTD = torch.empty(0) if inputs.target_NTD is None else inputs.target_NTD
@@ -152,8 +154,8 @@ class BlockTuner:
             AutoRoundError: the weight is not finite or a group size does not fit; names the layer.
         """
         specs, moments = {path: spec}, {} if moment_I is None else {path: moment_I}
-        parts = []
-        for rows_OI in weight_OI.split(max(1, LAYER_ELEMENTS // weight_OI.shape[1])):
+        parts, small = [], weight_OI.device.type == "cpu" and not self._recipe.searches_clips
+        for rows_OI in weight_OI.split(max(1, (CPU_WEIGHTS if small else LAYER_ELEMENTS) // weight_OI.shape[1])):
             weights = func.split_tensors({f"{path}.weight": rows_OI}, specs)
             params = func.init_params(weights.tuned)
             if self._recipe.searches_clips:
@@ -333,10 +335,8 @@ def _restored(params: func.Params, start: func.Params, tokens: Mapping[str, Tens
 
 def _without_offsets(start: func.Params) -> func.Params:
     """The same, with the memory of one number for offsets, which are 0 before the first step."""
-    return {
-        path: own._replace(offset_OGS=own.offset_OGS.new_zeros(()).expand_as(own.offset_OGS))
-        for path, own in start.items()
-    }
+    return {path: own._replace(offset_OGS=own.offset_OGS.new_zeros(()).expand_as(own.offset_OGS))
+            for path, own in start.items()}  # fmt: skip
 
 
 def _starved(tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
