@@ -90,7 +90,7 @@ class Slope:
     data: tuple[int, int]
     tool: str
     seed: int
-    steps: tuple[int, int] = (20, 120)
+    steps: tuple[int, int] = (20, 220)
     threads: int | None = None
 
     @property
