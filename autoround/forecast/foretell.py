@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
+from autoround.backends.base import select_all
 from autoround.engine import Run
 from autoround.export import Target, weight_files
 from autoround.families import split
@@ -63,7 +64,7 @@ def _forecast(model: OpenModel, recipe: Recipe, process: int, *, probe: bool) ->
     return Forecast(
         plan=run.plan,
         formats=recipe.format,
-        numerics=words + ("compiled steps" if numerics.compiler else "uncompiled steps"),
+        numerics=words + ("compiled steps" if numerics.compiler else "uncompiled steps") + _alone(recipe),
         files=files,
         memory=memory,
         disk=disk,
@@ -71,6 +72,12 @@ def _forecast(model: OpenModel, recipe: Recipe, process: int, *, probe: bool) ->
         room=free,
         shortages=tuple(_shortages(bare, memory, disk, free)),
     )
+
+
+def _alone(recipe: Recipe) -> str:
+    """What is not counted where a run has several devices: blocks that are spread take less of the first one."""
+    _, devices = select_all(recipe.device_map)
+    return ", counted as if the first device did all of it" if len(devices) > 1 else ""
 
 
 def _target(recipe: Recipe) -> Target:

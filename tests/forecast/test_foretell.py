@@ -15,6 +15,7 @@ from autoround.backends.host import group_free
 from autoround.cli.plan import as_json, as_text
 from autoround.errors import ModelError, UsageError
 from autoround.forecast import foretell as foretelling
+from autoround.forecast import memory
 from autoround.forecast.foretell import foretell
 from autoround.forecast.machine import room
 from autoround.forecast.types import Forecast, Room
@@ -66,6 +67,16 @@ def test_every_kind_of_model(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert len(found.memory.blocks) == (2 if name == "gemma3" else 1)
     assert all(need.host > need.codes > 0 for need in found.memory.blocks)
     assert found.shortages == ()
+
+
+def test_what_steps_and_mixtures_leave_in_the_heap_is_counted(saved: Path, tmp_path: Path) -> None:
+    tuned, passed = (planned(saved, iters=iters, clip_search=True, compensate=False).memory for iters in (2, 0))
+    assert tuned.blocks[0].host > passed.blocks[0].host  # gradients, and more between what is freed
+    mixtures.make("qwen3_moe").save_pretrained(tmp_path / "experts")
+    experts = planned(tmp_path / "experts").memory
+    beside = experts.host - experts.process - max(experts.others, *(need.host for need in experts.blocks))
+    dense = tuned.host - tuned.process - max(tuned.others, *(need.host for need in tuned.blocks))
+    assert beside - dense == round(memory.STEPS_KEPT * memory.EXPERTS_CACHES)
 
 
 def test_codes_and_activations_are_counted_to_the_byte(saved: Path) -> None:
@@ -141,6 +152,14 @@ def test_where_no_flag_helps_it_is_said(saved: Path, monkeypatch: pytest.MonkeyP
         foretelling, "room", lambda folder, device: Room(host=1, host_limit="x", device=0, disk=1 << 40)
     )
     assert "no flag would make it fit" in as_text(planned(saved))
+
+
+def test_of_several_devices_it_is_said_that_one_is_counted(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "counted as if the first device did all of it"
+    assert words not in planned(saved).numerics
+    both = torch.device("cuda:0"), torch.device("cuda:1")
+    monkeypatch.setattr(foretelling, "select_all", lambda device_map: (None, both))
+    assert words in as_text(planned(saved))
 
 
 @pytest.mark.parametrize(
