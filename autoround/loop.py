@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from autoround import func
 from autoround.activations import Inputs, Place, Stream
 from autoround.backends.base import Backend, Numerics
+from autoround.backends.host import trim_heap
 from autoround.coverage import token_stats, told
 from autoround.data.tokens import Calibration
 from autoround.errors import AutoRoundError, JournalError, ModelError
@@ -81,6 +82,8 @@ class BlockLoop:
             for index, codes, stats in self._done(turn, self._tuned(turn)):
                 self.journal.write_block(index, codes, stats)
                 yield self.meter.end(index, blocks[index].path, told(stats))
+            if self._stream is not None:  # else it is not worth the time
+                trim_heap()
         if len(blocks) < count:
             title = self.plan.parts[-1].title
             self.meter.begin(len(blocks), title)

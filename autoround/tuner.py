@@ -14,6 +14,7 @@ from torch import Tensor
 from autoround import func
 from autoround.activations import Inputs, Stream
 from autoround.backends.base import Numerics, jit
+from autoround.backends.host import release_heap
 from autoround.beside import beside
 from autoround.coverage import STARVED_TOKENS
 from autoround.errors import AutoRoundError
@@ -140,9 +141,7 @@ class BlockTuner:
     def quantize_layer(
         self, path: str, weight_OI: Tensor, spec: func.WeightSpec, moment_I: Tensor | None = None
     ) -> func.Codes:
-        """Quantize one layer by itself, without steps: with the clips that the recipe's search finds, or to nearest.
-
-        Rows do not depend on each other, so that a few at a time bound the memory.
+        """Quantize one layer by itself, some rows at a time: with the clips that the search finds, or to nearest.
 
         Args:
             path: for messages.
@@ -220,6 +219,7 @@ class BlockTuner:
         def compile_step() -> None:
             torch.set_num_threads(self._numerics.threads)  # compiled code is for so many
             step(own, state, batch)
+            release_heap()  # of the compiler
 
         return beside(compile_step)
 

@@ -1,12 +1,11 @@
 """The CPU."""
 
-import ctypes
-import gc
 import shutil
-import sys
 
 import psutil
 import torch
+
+from autoround.backends.host import release_heap
 
 # Measured on two cores: below this many token-steps the cold compilation costs more than it saves.
 COMPILE_TOKEN_STEPS = 1_500_000
@@ -50,10 +49,7 @@ class CpuBackend:
 
     def release_memory(self) -> None:
         """Glibc's allocator keeps what was freed between two live pieces until it is told to give it back."""
-        gc.collect()
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-        if trim is not None:
-            trim(0)
+        release_heap()
 
 
 CPU = CpuBackend()

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from autoround.backends.host import settle_heap
 from autoround.progress import Progress
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def session(switches: Collection[str], loading: str = "") -> Iterator["Display"]
         os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's libraries read it once, when they are imported
     for name, value in CACHES.items():
         os.environ.setdefault(name, value)  # read once, at the first product
+    settle_heap()
     from autoround.cli.display import display
 
     debug = "debug" in switches
