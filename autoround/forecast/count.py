@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
-# What is as large as this glibc maps by itself, and gives back when it is freed; less lies among others in its heap.
-MAPPED_BYTES = 2**25
+from autoround.backends.host import MAPPED_BYTES
+
 _aten = torch.ops.aten
 
 

@@ -28,9 +28,8 @@ from autoround.recipe import Recipe
 from autoround.tuner import BlockTuner
 
 # Resident memory for each byte of tensors in glibc's heap at the worst moment: what is freed between others stays.
-# Objects that a step keeps for its way back lie between its tensors; passes without gradients have fewer. Fitted to
-# whole runs, which differ by up to a fifth among themselves; benchmarks/plan_accuracy.py compares.
-STEPS_KEPT, PASSES_KEPT = 2.8, 1.8
+# Fitted to whole runs, which differ among themselves; benchmarks/plan_accuracy.py compares.
+CPU_KEPT = 2.4
 # What oneDNN keeps in the heap for products of many sizes, as experts have them, in caches of the size that the command
 # sets: what is in use there after a run of a mixture beyond what is after one of a dense model.
 EXPERTS_CACHES = 60_000_000
@@ -62,15 +61,11 @@ def memory_of(blank: BlankRun, process: int) -> Memory:
     host = process + (DATA_BYTES if blank.templates else 0)
     host += COMPILER_BYTES if run.numerics.compiler else 0
     if blank.templates and not on_device and any(layer.shape.experts for layer in run.plan.layers.values()):
-        host += round(_kept(run.recipe) * EXPERTS_CACHES)
+        host += round(CPU_KEPT * EXPERTS_CACHES)
     host += max([others, *(need.host for need in blocks)])
     device = DEVICE_CONTEXT + round(DEVICE_KEPT * max((need.device for need in blocks), default=0))
     return Memory(process=process, activations=activations, blocks=blocks, others=others, outside_codes=outside_codes,
                   host=host, device=device if on_device else 0)  # fmt: skip
-
-
-def _kept(recipe: Recipe) -> float:
-    return STEPS_KEPT if recipe.iters else PASSES_KEPT
 
 
 def code_bytes(codes: Mapping[str, Codes]) -> int:
@@ -112,7 +107,7 @@ def _tuned(blank: BlankRun, index: int) -> tuple[int, int, int]:
             peaks[kind] = max(peaks[kind], size + (copies * missing if kind == home.type else 0))
         count.peak.clear()
 
-    with without_data(), ByteCount(_kept(run.recipe)) as count:
+    with without_data(), ByteCount(CPU_KEPT) as count:
         there, all_rows = (count.resident(each.nsamples * row, home.type) for each in (some, run.recipe))
         missing = -there if run.place.on_disk else all_rows - there
         stored = read_block(blank.model, block.path)
@@ -195,7 +190,7 @@ def _others(blank: BlankRun) -> tuple[int, int]:
 def _single(blank: BlankRun, path: str) -> tuple[int, int]:
     """Bytes at the worst moment while a layer outside the blocks is quantized, and those of its codes."""
     run = blank.run
-    with without_data(), ByteCount(_kept(run.recipe)) as count:
+    with without_data(), ByteCount(CPU_KEPT) as count:
         weight_OI = _empty(read_weight(blank.model, path), run.device)
         recipe, numerics, devices = _means(blank)
         recipe = dataclasses.replace(recipe, clip_search=False)  # whose slices are small beside what is rounded at once

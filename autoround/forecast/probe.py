@@ -58,9 +58,12 @@ def seconds_of(blank: BlankRun, written: int) -> Seconds:
     if learns:
         step, forward = _step_seconds(blank)
         step *= COMPILED_STEP if compiled else 1
-    passes = (2 if recipe.iters else 1) * recipe.nsamples + observed_rows(recipe, recipe.nsamples, stacked=False)
+    observed = observed_rows(recipe, recipe.nsamples, stacked=False)
+    passes, hessians, moving = (2 if recipe.iters else 1) * recipe.nsamples + observed, 0.0, 0.0
+    if recipe.compensates:
+        hessians, moving = _compensation_seconds(blank)
     count = len(run.plan.blocks)
-    blocks = count * (recipe.iters * step + passes * forward) + rounding
+    blocks = count * (recipe.iters * step + passes * forward + observed * hessians + moving) + rounding
     compiling = COMPILING if compiled else 0.0
     return Seconds(step=step, block=blocks / max(count, 1), compiling=compiling, around=around,
                    total=around + compiling + blocks)  # fmt: skip
@@ -98,6 +101,26 @@ def _step_seconds(blank: BlankRun) -> tuple[float, float]:
         one = once(1)
         found = one + (found - one) / (rows - 1) * (wanted - 1)
     return found, _timed(forward, run.device) / rows
+
+
+def _compensation_seconds(blank: BlankRun) -> tuple[float, float]:
+    """Seconds of the Hessians for one row, and of compensation once they are there; of the block in the middle."""
+    run, index = blank.run, len(blank.run.plan.blocks) // 2
+    block, block_fn, rows = run.plan.blocks[index], blank.block_fn(index), min(_ROWS_AT_ONCE, run.recipe.nsamples)
+    stored = read_block(blank.model, block.path)
+    tensors = {name: _random(tensor, run.device) for name, tensor in stored.items()}
+    weights, whole = func.split_tensors(tensors, block.specs), cast(tensors, run.numerics.torch_dtype)
+    batch = _batch(blank, index, rows)
+
+    def observed(*, hessians: bool) -> init.Observed:
+        return init.observe_inputs(block_fn, whole, [(batch.call, batch.valid_BT)], block.specs, hessians=hessians)
+
+    with_them, without = (_timed(partial(observed, hessians=each), run.device) for each in (True, False))
+    found, params = observed(hessians=True).hessians, func.init_params(weights.tuned)
+    start = time.perf_counter()
+    func.compensate(weights.tuned, params, found, block.specs)
+    _wait(run.device)
+    return max(with_them - without, 0.0) / rows, time.perf_counter() - start
 
 
 def _batch(blank: BlankRun, index: int, rows: int) -> func.Batch:

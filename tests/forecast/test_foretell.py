@@ -76,7 +76,7 @@ def test_what_steps_and_mixtures_leave_in_the_heap_is_counted(saved: Path, tmp_p
     experts = planned(tmp_path / "experts").memory
     beside = experts.host - experts.process - max(experts.others, *(need.host for need in experts.blocks))
     dense = tuned.host - tuned.process - max(tuned.others, *(need.host for need in tuned.blocks))
-    assert beside - dense == round(memory.STEPS_KEPT * memory.EXPERTS_CACHES)
+    assert beside - dense == round(memory.CPU_KEPT * memory.EXPERTS_CACHES)
 
 
 def test_codes_and_activations_are_counted_to_the_byte(saved: Path) -> None:
