@@ -35,7 +35,7 @@ from autoround.model.oddities import needed_numerics
 from autoround.model.sample import Sampler
 from autoround.model.skeleton import sees_images
 from autoround.numerics import choose_numerics
-from autoround.placement import find_named
+from autoround.placement import check_room, find_named
 from autoround.plan import Plan, check_head, with_extra
 from autoround.progress import BlockDone, Meter, Progress
 from autoround.ranks import agree, join
@@ -186,6 +186,7 @@ class Run:
 
     def __iter__(self) -> Iterator[BlockDone]:
         """Do the work, one event per block; blocks that an interrupted run finished are reported as resumed."""
+        check_room(self.recipe, self.plan.blocks, self._rooms())
         torch.set_num_threads(self._numerics.threads)  # a model that writes rows repeats them with as many
         self._lock = hold(self.journal_folder) if self._first else None
         needed = self._first and self.recipe.needs_data and self.plan.specs
@@ -199,6 +200,13 @@ class Run:
         if finished < len(self.plan.parts):
             yield from self._loop(journal).run(calibration, finished)
         journal.activations.drop()
+
+    def _rooms(self) -> dict[str, int]:
+        """Bytes for one block by what sets the bound; nothing is said of blocks that several devices may share."""
+        if self._device.type == "cpu":
+            return free_bytes()
+        size = self._backend.device_bytes(self._device) if len(self._devices) == 1 else None
+        return {} if size is None else {str(self._device): size}
 
     def export(self, output_dir: str | Path | None = None, *, formats: Sequence[str] | None = None) -> tuple[Path, ...]:
         """Write the quantized model, first running what is left to run.

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from autoround import func
 from autoround.backends.base import Backend
+from autoround.errors import ModelError
 from autoround.layers import LayerSetting, assign
 from autoround.log import LOGGER
+from autoround.plan import BlockPlan
 from autoround.recipe import Recipe
 
 # Of a device's memory, what weights and all that is tuned with them may take; rows and what they become take the rest.
@@ -22,6 +24,9 @@ WEIGHTS_SHARE = 0.7
 # tests/engine/test_placement.py while the tuner runs on tensors without data.
 WEIGHT_BYTES = 28
 MORE_BYTES: Mapping[str, int] = {"best": 8, "momentum": 8, "adam": 17}
+# What no step does without: the weight and its offset before and after in float32, and in the compute dtype the rounded
+# weight and its gradient.
+LEAST_BYTES = 16
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -94,6 +99,28 @@ def find_named(named: Mapping[str, torch.device], model: nn.Module, blocks: Sequ
     settings = [LayerSetting(pattern=pattern, changes=(("device", device),), flag="device_map")
                 for pattern, device in named.items() if pattern]  # fmt: skip
     return {path: dict(setting.changes)["device"] for path, setting in assign(settings, paths).items()}
+
+
+def check_room(recipe: Recipe, blocks: Sequence[BlockPlan], rooms: Mapping[str, int]) -> None:
+    """Refuse steps for which the memory cannot suffice, whatever else is changed.
+
+    Args:
+        recipe: the settings.
+        blocks: to be tuned.
+        rooms: free bytes by what sets the bound; none where that is not known.
+
+    Raises:
+        ModelError: a block is too large.
+    """
+    where, room = min(rooms.items(), key=lambda each: each[1], default=("", None))
+    for block in blocks if recipe.iters and room is not None else ():
+        weights = sum(layer.shape.out_features * layer.shape.in_features for layer in block.layers if layer.spec)
+        if weights * LEAST_BYTES > room:
+            raise ModelError(
+                f"{block.path}: found {room / 1e6:,.1f} MB that {where} leaves free; needed at least "
+                f"{weights * LEAST_BYTES / 1e6:,.1f} MB to tune its {weights:,} weights, beside all rows; give it "
+                "more, or use --iters 0; auto-round plan counts all that a run needs"
+            )
 
 
 def weight_bytes(recipe: Recipe) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from autoround import func
+from autoround import engine, func
 from autoround.backends.cpu import CpuBackend
 from autoround.engine import Run, quantize
 from autoround.errors import ModelError
@@ -175,3 +175,13 @@ def test_what_torch_says_when_the_host_has_no_memory() -> None:
     assert ran_out(caught.value)
     assert not ran_out(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not ran_out(ValueError("out of memory"))
+
+
+def test_a_limit_too_small_for_one_block_is_told_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"this machine": 10**12, "the limit of this process": 10**5}
+    monkeypatch.setattr(engine, "free_bytes", lambda: free)
+    found = r"found 0\.1 MB that the limit of this process leaves free"
+    with pytest.raises(ModelError, match=rf"^model.layers.0: {found}; needed at least [\d.]+ MB to tune its"):
+        list(quantize(make(), recipe(tmp_path)))
+    assert not list(tmp_path.iterdir())
+    assert list(quantize(make(), recipe(tmp_path, "rtn")))  # takes a layer at a time
