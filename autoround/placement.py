@@ -114,12 +114,11 @@ def check_room(recipe: Recipe, blocks: Sequence[BlockPlan], rooms: Mapping[str, 
     """
     where, room = min(rooms.items(), key=lambda each: each[1], default=("", None))
     for block in blocks if recipe.iters and room is not None else ():
-        weights = sum(layer.shape.out_features * layer.shape.in_features for layer in block.layers if layer.spec)
-        if weights * LEAST_BYTES > room:
+        if block.weights * LEAST_BYTES > room:
             raise ModelError(
                 f"{block.path}: found {room / 1e6:,.1f} MB that {where} leaves free; needed at least "
-                f"{weights * LEAST_BYTES / 1e6:,.1f} MB to tune its {weights:,} weights, beside all rows; give it "
-                "more, or use --iters 0; auto-round plan counts all that a run needs"
+                f"{block.weights * LEAST_BYTES / 1e6:,.1f} MB to tune its {block.weights:,} weights, beside all rows; "
+                "give it more, or use --iters 0; auto-round plan counts all that a run needs"
             )
 
 

@@ -164,6 +164,11 @@ class BlockPlan:
             layer.shape.path.removeprefix(self.prefix): layer.spec for layer in self.layers if layer.spec is not None
         }
 
+    @property
+    def weights(self) -> int:
+        """How many are quantized."""
+        return sum(each.shape.out_features * each.shape.in_features for each in self.layers if each.spec is not None)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:

@@ -16,7 +16,6 @@ from autoround.forecast.blank import BlankRun
 from autoround.forecast.types import Seconds
 from autoround.func import init
 from autoround.model.read import read_block
-from autoround.plan import BlockPlan
 from autoround.schedule import make_optimizer
 from autoround.spec import GgufSpec, QuantSpec
 from autoround.tuner import cast, observed_rows
@@ -50,7 +49,7 @@ def seconds_of(blank: BlankRun, written: int) -> Seconds:
     read = sum(math.prod(source.shape(name)) * source.dtype(name).itemsize for name in source.names())
     around = _START + (read + 2 * written) / _BYTES_A_SECOND
     compiled, learns = run.numerics.compiler is not None, bool(blank.templates)
-    weights = sum(_weights(block) for block in run.plan.blocks)
+    weights = sum(block.weights for block in run.plan.blocks)
     rounding = weights * _round_seconds(blank)
     if recipe.searches_clips:
         rounding += weights * _search_seconds(blank) * (COMPILED_SEARCH if compiled else 1)
@@ -153,10 +152,6 @@ def _prepared(blank: BlankRun) -> tuple[func.Prepared, QuantSpec | GgufSpec]:
     columns = usual.shape.in_features
     weight_OI = torch.randn(max(1, _WEIGHTS // columns), columns, device=blank.run.device)
     return func.prepare(weight_OI, usual.spec), usual.spec
-
-
-def _weights(block: BlockPlan) -> int:
-    return sum(layer.shape.out_features * layer.shape.in_features for layer in block.layers if layer.spec is not None)
 
 
 def _random(tensor: Tensor, device: torch.device) -> Tensor:
