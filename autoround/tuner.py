@@ -19,7 +19,7 @@ from autoround.beside import beside
 from autoround.coverage import STARVED_TOKENS
 from autoround.errors import AutoRoundError
 from autoround.func import init
-from autoround.func.experts import also_in_turn, in_even_groups, restore
+from autoround.func.experts import also_in_turn, in_even_groups, restored
 from autoround.func.slices import CPU_WEIGHTS
 from autoround.func.types import BlockFunction
 from autoround.passes import Passes, bound, replicas
@@ -128,7 +128,7 @@ class BlockTuner:
         del float_tensors, tuned
         result = self._take_steps(trained_fn, fusion, weights, start, partial(self._batches, index, inputs, aim_NTD))
         del aim_NTD
-        found = _restored(fusion.split(result.params), start, observed.tokens)
+        found = restored(fusion.split(result.params), start, _starved(observed.tokens))
         codes = _quantize(fusion.split(weights.tuned), found, specs)
         if inputs.target_NTD is not None:
             return Tuned(codes, result.losses_K, None, tokens)
@@ -241,7 +241,8 @@ class BlockTuner:
             step = self._step(block_fn, fusion, key)
             rows = (batch for (batch,) in rows)
         else:
-            make = partial(func.make_gradient, self._lifted(block_fn, fusion), fusion.specs, dtype=self._dtype)
+            fused = lifted(block_fn, fusion, self._numerics)
+            make = partial(func.make_gradient, fused, fusion.specs, dtype=self._dtype)
             compiler, optimizer = self._compiler(block_fn), self._optimizer(fusion)
             gradients = [self._once(("gradient", device, *key), make, compiler) for device in places]
             update = self._once(("update", *key), partial(func.make_update, optimizer, fusion.specs), compiler)
@@ -262,13 +263,9 @@ class BlockTuner:
         return func.init_state(params, self._optimizer(fusion), keep_best=self._recipe.keep == "best")
 
     def _step(self, block_fn: func.BlockFn, fusion: func.Fusion, key: tuple[Any, ...]) -> Any:
-        lifted, optimizer = self._lifted(block_fn, fusion), self._optimizer(fusion)
-        make = partial(func.make_step, lifted, fusion.specs, optimizer, dtype=self._dtype)
+        fused, optimizer = lifted(block_fn, fusion, self._numerics), self._optimizer(fusion)
+        make = partial(func.make_step, fused, fusion.specs, optimizer, dtype=self._dtype)
         return self._once(("step", *key), make, self._compiler(block_fn))
-
-    def _lifted(self, block_fn: func.BlockFn, fusion: func.Fusion) -> BlockFunction:
-        """The block as steps take it."""
-        return fusion.lift(in_even_groups(block_fn, EXPERT_ROWS) if self._numerics.device == "cpu" else block_fn)
 
     def _places(self, block_fn: func.BlockFn) -> list[torch.device]:
         """The device of each micro-batch of a step: neighbours share one."""
@@ -300,6 +297,11 @@ class BlockTuner:
             yield [batch(*part) for part in zip(rows.tensor_split(len(places)), places, strict=True)]
 
 
+def lifted(block_fn: func.BlockFn, fusion: func.Fusion, numerics: Numerics) -> BlockFunction:
+    """The block as steps take it."""
+    return fusion.lift(in_even_groups(block_fn, EXPERT_ROWS) if numerics.device == "cpu" else block_fn)
+
+
 def observed_rows(recipe: Recipe, rows: int, *, stacked: bool) -> int:
     """How many rows a block is run on to see what its layers are given.
 
@@ -322,15 +324,6 @@ def _quantize(
         except AutoRoundError as error:
             raise type(error)(f"{path}: {error}") from error
     return codes
-
-
-def _restored(params: func.Params, start: func.Params, tokens: Mapping[str, Tensor]) -> func.Params:
-    """Parameters after tuning, but those of experts that hardly any token reached, which are as they were."""
-    starved = _starved(tokens)
-    return {
-        path: restore(own, start[path], starved[module]) if (module := path.rpartition(".")[0]) in starved else own
-        for path, own in params.items()
-    }
 
 
 def _without_offsets(start: func.Params) -> func.Params:

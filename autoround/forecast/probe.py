@@ -5,7 +5,8 @@ Legend: B samples in a batch, T tokens, D hidden size, N samples.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ from autoround.func import init
 from autoround.model.read import read_block
 from autoround.schedule import make_optimizer
 from autoround.spec import GgufSpec, QuantSpec
-from autoround.tuner import cast, observed_rows
+from autoround.tuner import cast, lifted, observed_rows
 
 # A call is timed until this many seconds have passed, and at least once after one that is not counted.
 _SECONDS = 0.4
@@ -53,14 +54,14 @@ def seconds_of(blank: BlankRun, written: int) -> Seconds:
     rounding = weights * _round_seconds(blank)
     if recipe.searches_clips:
         rounding += weights * _search_seconds(blank) * (COMPILED_SEARCH if compiled else 1)
-    step = forward = 0.0
+    step = forward = hessians = moving = 0.0
     if learns:
-        step, forward = _step_seconds(blank)
-        step *= COMPILED_STEP if compiled else 1
+        sample = _sample(blank)
+        forward, step = _forward_seconds(sample), _step_seconds(sample) * (COMPILED_STEP if compiled else 1)
+        if recipe.compensates:
+            hessians, moving = _compensation_seconds(sample)
     observed = observed_rows(recipe, recipe.nsamples, stacked=False)
-    passes, hessians, moving = (2 if recipe.iters else 1) * recipe.nsamples + observed, 0.0, 0.0
-    if recipe.compensates:
-        hessians, moving = _compensation_seconds(blank)
+    passes = (2 if recipe.iters else 1) * recipe.nsamples + observed
     count = len(run.plan.blocks)
     blocks = count * (recipe.iters * step + passes * forward + observed * hessians + moving) + rounding
     compiling = COMPILING if compiled else 0.0
@@ -68,30 +69,62 @@ def seconds_of(blank: BlankRun, written: int) -> Seconds:
                    total=around + compiling + blocks)  # fmt: skip
 
 
-def _step_seconds(blank: BlankRun) -> tuple[float, float]:
-    """Seconds of an uncompiled step, and of a forward without gradients for one row; of the block in the middle."""
-    run, recipe = blank.run, blank.run.recipe
-    index = len(run.plan.blocks) // 2
-    block, dtype = run.plan.blocks[index], run.numerics.torch_dtype
-    stored = read_block(blank.model, block.path)
-    tensors = {name: _random(tensor, run.device) for name, tensor in stored.items()}
-    weights = func.split_tensors(tensors, block.specs)
-    fusion = func.fuse(weights.tuned, block.specs)
-    params = fusion.merge(func.init_params(weights.tuned))
-    weights = func.BlockWeights(fusion.merge(weights.tuned), cast(weights.frozen, dtype))
-    optimizer = make_optimizer(recipe, 4)
-    block_fn = blank.block_fn(index)
-    step = func.make_step(fusion.lift(block_fn), fusion.specs, optimizer, dtype=dtype)
-    state = func.init_state(params, optimizer, keep_best=recipe.keep == "best")
-    whole = cast(tensors, dtype)
+@dataclass(frozen=True, kw_only=True)
+class _Sample:
+    """The block in the middle with random weights, and how many rows of its are timed at once."""
 
-    def once(rows: int) -> float:
-        batch = _batch(blank, index, rows)
-        return _timed(lambda: step(weights, state, batch), run.device)
+    blank: BlankRun
+    block_fn: func.BlockFn
+    specs: Mapping[str, func.WeightSpec]
+    weights: func.BlockWeights
+    whole: dict[str, Tensor]
+    rows: int
+
+    def batch(self, rows: int) -> func.Batch:
+        """Random hidden states of some rows, all of them valid."""
+        run, index = self.blank.run, len(self.blank.run.plan.blocks) // 2
+        hidden_BTD = torch.randn(rows, *self.blank.hidden, device=run.device).to(run.numerics.torch_dtype)
+        call = self.blank.templates[index].bind(hidden_BTD, torch.zeros(rows, dtype=torch.int64))
+        valid_BT = torch.ones(rows, run.recipe.seqlen, dtype=torch.bool, device=run.device)
+        return func.Batch(call, hidden_BTD, valid_BT)
+
+
+def _sample(blank: BlankRun) -> _Sample:
+    run, index = blank.run, len(blank.run.plan.blocks) // 2
+    block = run.plan.blocks[index]
+    tensors = {name: _random(own, run.device) for name, own in read_block(blank.model, block.path).items()}
+    return _Sample(
+        blank=blank,
+        block_fn=blank.block_fn(index),
+        specs=block.specs,
+        weights=func.split_tensors(tensors, block.specs),
+        whole=cast(tensors, run.numerics.torch_dtype),
+        rows=min(_ROWS_AT_ONCE, run.recipe.nsamples),
+    )
+
+
+def _forward_seconds(sample: _Sample) -> float:
+    """Seconds of a forward without gradients, for one row."""
 
     def forward() -> None:
         with torch.no_grad():
-            block_fn(whole, _batch(blank, index, rows).call)
+            sample.block_fn(sample.whole, sample.batch(sample.rows).call)
+
+    return _timed(forward, sample.blank.run.device) / sample.rows
+
+
+def _step_seconds(sample: _Sample) -> float:
+    """Seconds of an uncompiled step. Its rows are other ones each time, as those of experts are."""
+    run, recipe = sample.blank.run, sample.blank.run.recipe
+    weights, fusion = sample.weights, func.fuse(sample.weights.tuned, sample.specs)
+    optimizer = make_optimizer(recipe, 4)
+    state = func.init_state(fusion.merge(func.init_params(weights.tuned)), optimizer, keep_best=recipe.keep == "best")
+    weights = func.BlockWeights(fusion.merge(weights.tuned), cast(weights.frozen, run.numerics.torch_dtype))
+    step = func.make_step(lifted(sample.block_fn, fusion, run.numerics), fusion.specs, optimizer,
+                          dtype=run.numerics.torch_dtype)  # fmt: skip
+
+    def once(rows: int) -> float:
+        return _timed(lambda: step(weights, state, sample.batch(rows)), run.device)
 
     wanted = min(recipe.batch_size * recipe.gradient_accumulate_steps, recipe.nsamples)
     rows = min(wanted, _ROWS_AT_ONCE)
@@ -99,36 +132,23 @@ def _step_seconds(blank: BlankRun) -> tuple[float, float]:
     if wanted > rows:
         one = once(1)
         found = one + (found - one) / (rows - 1) * (wanted - 1)
-    return found, _timed(forward, run.device) / rows
+    return found
 
 
-def _compensation_seconds(blank: BlankRun) -> tuple[float, float]:
-    """Seconds of the Hessians for one row, and of compensation once they are there; of the block in the middle."""
-    run, index = blank.run, len(blank.run.plan.blocks) // 2
-    block, block_fn, rows = run.plan.blocks[index], blank.block_fn(index), min(_ROWS_AT_ONCE, run.recipe.nsamples)
-    stored = read_block(blank.model, block.path)
-    tensors = {name: _random(tensor, run.device) for name, tensor in stored.items()}
-    weights, whole = func.split_tensors(tensors, block.specs), cast(tensors, run.numerics.torch_dtype)
-    batch = _batch(blank, index, rows)
+def _compensation_seconds(sample: _Sample) -> tuple[float, float]:
+    """Seconds of the Hessians for one row, and of compensation once they are there."""
+    device, batch = sample.blank.run.device, sample.batch(sample.rows)
+    calls = [(batch.call, batch.valid_BT)]
 
     def observed(*, hessians: bool) -> init.Observed:
-        return init.observe_inputs(block_fn, whole, [(batch.call, batch.valid_BT)], block.specs, hessians=hessians)
+        return init.observe_inputs(sample.block_fn, sample.whole, calls, sample.specs, hessians=hessians)
 
-    with_them, without = (_timed(partial(observed, hessians=each), run.device) for each in (True, False))
-    found, params = observed(hessians=True).hessians, func.init_params(weights.tuned)
+    with_them, without = (_timed(partial(observed, hessians=each), device) for each in (True, False))
+    found, params = observed(hessians=True).hessians, func.init_params(sample.weights.tuned)
     start = time.perf_counter()
-    func.compensate(weights.tuned, params, found, block.specs)
-    _wait(run.device)
-    return max(with_them - without, 0.0) / rows, time.perf_counter() - start
-
-
-def _batch(blank: BlankRun, index: int, rows: int) -> func.Batch:
-    """Random hidden states of some rows, all of them valid."""
-    run = blank.run
-    hidden_BTD = torch.randn(rows, *blank.hidden, device=run.device).to(run.numerics.torch_dtype)
-    call = blank.templates[index].bind(hidden_BTD, torch.zeros(rows, dtype=torch.int64))
-    valid_BT = torch.ones(rows, run.recipe.seqlen, dtype=torch.bool, device=run.device)
-    return func.Batch(call, hidden_BTD, valid_BT)
+    func.compensate(sample.weights.tuned, params, found, sample.specs)
+    _wait(device)
+    return max(with_them - without, 0.0) / sample.rows, time.perf_counter() - start
 
 
 def _search_seconds(blank: BlankRun) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autoround.func.block import BlockFn
-from autoround.func.types import RoundingParams
+from autoround.func.types import Params, RoundingParams
 
 # Name of the experts that tokens are sent to in turn, among the buffers of a module of experts.
 _TURN = "turn_E"
@@ -252,3 +252,17 @@ def restore(params: RoundingParams, start: RoundingParams, starved_E: Tensor) ->
     return RoundingParams(
         *(torch.where(starved_O.view(-1, *[1] * (own.ndim - 1)), before, own) for own, before in fields)
     )
+
+
+def restored(params: Params, start: Params, starved: Mapping[str, Tensor]) -> Params:
+    """Parameters of a block in which some experts are where they started.
+
+    Args:
+        params: after tuning, by layer path.
+        start: before.
+        starved: module of experts -> bool (E,), the experts concerned.
+    """
+    return {
+        path: restore(own, start[path], starved[module]) if (module := path.rpartition(".")[0]) in starved else own
+        for path, own in params.items()
+    }
