@@ -24,7 +24,7 @@ from autoround.model.capture import capture
 from autoround.model.finish import Ending, mean_square, read_weight
 from autoround.model.load import OpenModel
 from autoround.model.media import Media
-from autoround.model.read import read_block
+from autoround.model.read import BlockReader
 from autoround.numerics import divided, ran_out
 from autoround.passes import Passes
 from autoround.placement import SpreadFn, as_named, fitted
@@ -69,6 +69,8 @@ class BlockLoop:
 
     def __post_init__(self) -> None:
         self._tuner = self._make_tuner()
+        paths = [block.path for block in self.plan.blocks]
+        self._reader = BlockReader(self.model, paths, ahead=self.devices[0].type != "cpu")
 
     def run(self, calibration: Calibration | None, start: int) -> Iterator[BlockDone]:
         """Tune the blocks from ``start`` on, and what comes after them; one event for each that is done.
@@ -162,9 +164,10 @@ class BlockLoop:
             else:
                 block_fn = fitted(block_fn, self.recipe, self.backend, self.devices)
             if isinstance(block_fn, SpreadFn):
-                yield block_fn, block_fn.sent(read_block(self.model, path))
+                yield block_fn, block_fn.sent(self._reader.read(path))
             else:
-                yield block_fn, read_block(self.model, path, device=self.devices[0])
+                tensors = self._reader.read(path)
+                yield block_fn, {name: tensor.to(self.devices[0]) for name, tensor in tensors.items()}
         except JournalError:  # names a file, not a layer
             raise
         except AutoRoundError as error:

@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import machine
 from benchmarks.cost import POLL_SECONDS, Failed, measure
 from benchmarks.peers import OURS, SPARE, THEIRS, TOOLS, Job
-from tests.data.words import make_tokenizer, random_texts
+from tests.data.words import make_tokenizer, write_random_texts
 
 LOW = ("--low_gpu_mem_usage",)
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -54,9 +54,7 @@ def make_job(options: argparse.Namespace, folder: Path) -> Job:
         model: Any = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     model.cpu().save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
-    texts = folder / "texts.jsonl"
-    lines = random_texts(options.rows, options.seqlen + SPARE)
-    texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    texts = write_random_texts(folder / "texts.jsonl", options.rows, options.seqlen + SPARE)
     return Job(
         source=folder / "model", texts=texts, tokens=folder / "unused.json", output=folder / "out", bits=4,
         group_size=GROUP_SIZE, sym=True, rows=options.rows, seqlen=options.seqlen, seed=0, iters=options.steps,

@@ -13,7 +13,6 @@ without our search for clips, which holds slices of bounded size and takes minut
 
 import argparse
 import dataclasses
-import json
 import shutil
 import subprocess
 import tempfile
@@ -28,7 +27,7 @@ from benchmarks import machine
 from benchmarks.cost import Cost, Failed, measure
 from benchmarks.peers import OURS, SPARE, THEIRS, TOOLS, Job
 from tests.clients.environments import client_python
-from tests.data.words import make_tokenizer, random_texts
+from tests.data.words import make_tokenizer, write_random_texts
 
 ROWS, SEQLEN, ITERS = 8, 64, 2
 SHARD = "500MB"
@@ -69,8 +68,7 @@ def make_model(folder: Path, *, hidden: int, blocks: int) -> str:
 
 def make_job(folder: Path) -> Job:
     """What all are asked for: rows of random words."""
-    texts, lines = folder / "texts.jsonl", random_texts(ROWS, SEQLEN + SPARE)
-    texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    texts = write_random_texts(folder / "texts.jsonl", ROWS, SEQLEN + SPARE)
     return Job(
         source=folder / "model", texts=texts, tokens=folder / "unused.json", output=folder / "out", bits=4,
         group_size=64, sym=True, rows=ROWS, seqlen=SEQLEN, seed=0, iters=ITERS)  # fmt: skip

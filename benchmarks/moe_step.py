@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from benchmarks import machine
 from benchmarks.cost import Cost, measure
 from benchmarks.peers import OURS, SPARE, THEIRS, TOOLS, Job
-from tests.data.words import make_tokenizer, random_texts
+from tests.data.words import make_tokenizer, write_random_texts
 
 HEAD = 64
 CHOSEN = 8
@@ -45,8 +45,7 @@ def make_model(options: argparse.Namespace, folder: Path) -> None:
 
 def make_job(options: argparse.Namespace, folder: Path) -> Job:
     """What both are asked for: rows of random words."""
-    texts, lines = folder / "texts.jsonl", random_texts(options.rows, options.seqlen + SPARE)
-    texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    texts = write_random_texts(folder / "texts.jsonl", options.rows, options.seqlen + SPARE)
     return Job(
         source=folder / "model", texts=texts, tokens=folder / "unused.json", output=folder / "out", bits=options.bits,
         group_size=options.group_size, sym=True, rows=options.rows, seqlen=options.seqlen, seed=0,

@@ -1,5 +1,6 @@
 """``auto-round eval``: measures of a checkpoint of any layout; and of what a run wrote, for ``auto-round --eval``."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from autoround.cli.session import session, terminal_width
 from autoround.errors import UsageError
 from autoround.evaluate.results import FLOAT, Interrupted, Results
 from autoround.evaluate.settings import Access, Evaluation
+from autoround.launch import follows
 from autoround.options import given, settings_of
 from autoround.recipe import Recipe
 
@@ -49,8 +51,9 @@ def run(values: Mapping[str, Any]) -> str:
         raise UsageError("eval: found no model; needed a folder, GGUF file or hub name; try auto-round eval --help")
     recipe = Recipe(**{**given(values, MODEL), "model": named})
     evaluation = evaluation_of(values)
-    with session(values, named) as screen:
-        return evaluate_model(recipe, evaluation, screen, quiet="quiet" in values)
+    quiet = "quiet" in values or follows(os.environ)
+    with session([*values, *["quiet"] * quiet], named) as screen:
+        return evaluate_model(recipe, evaluation, screen, quiet=quiet)
 
 
 def evaluation_of(values: Mapping[str, Any]) -> Evaluation:
@@ -83,7 +86,7 @@ def prepare(evaluation: Evaluation, *, reference: bool) -> "Prepared":
 
 
 def evaluate_model(recipe: Recipe, evaluation: Evaluation, screen: "Display", *, quiet: bool) -> str:
-    """Evaluate a recipe's model as it is; the table.
+    """Evaluate a recipe's model as it is; the table, which the first of several processes alone has.
 
     Raises:
         Unfinished: tasks that failed, or Ctrl-C.
@@ -93,7 +96,7 @@ def evaluate_model(recipe: Recipe, evaluation: Evaluation, screen: "Display", *,
     except KeyboardInterrupt:
         raise Unfinished("", NOTHING, INTERRUPTED) from None
     results = _measure([recipe.model], prepared, recipe, screen, quiet=quiet)
-    return _shown(results, prepared.settings.eval_output)
+    return "" if follows(os.environ) else _shown(results, prepared.settings.eval_output)
 
 
 def evaluate_run(
@@ -102,7 +105,7 @@ def evaluate_run(
     """Evaluate what a run wrote, beside the model that it was made from if no other is named.
 
     Returns:
-        The folders, one a line, and the table.
+        The folders, one a line, and the table; nothing where another process tells them.
 
     Raises:
         Unfinished: tasks that failed, or Ctrl-C.
@@ -114,7 +117,7 @@ def evaluate_run(
     if not quiet:
         screen.note(f"written, and now measured: {', '.join(map(str, folders))}")
     results = _measure([str(folder) for folder in folders], prepared, recipe, screen, quiet=quiet)
-    return _shown(results, prepared.settings.eval_output, written)
+    return "" if follows(os.environ) else _shown(results, prepared.settings.eval_output, written)
 
 
 def _measure(paths: Sequence[str], prepared: "Prepared", recipe: Recipe, screen: "Display", *, quiet: bool) -> Results:

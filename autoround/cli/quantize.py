@@ -171,7 +171,7 @@ def check(recipe: Recipe) -> None:
 def run(command: Command, quantize: Quantize | None = None, foretell: Foretell | None = None) -> str:
     """Do it, with progress on stderr; the plan, or the folders written, one a line.
 
-    Of the processes that torchrun starts, the first one alone evaluates and tells.
+    Of the processes that torchrun starts, the first one alone tells.
 
     Args:
         command: what to do.
@@ -205,19 +205,21 @@ def run(command: Command, quantize: Quantize | None = None, foretell: Foretell |
 
 def _follow(command: Command, quantize: Quantize | None, foretell: Foretell | None) -> str:
     """This process's share of a run that another one tells of."""
-    recipe = command.recipe
-    with session([*(name for name in SWITCHES if getattr(command, name)), "quiet"], recipe.model):
+    recipe, evaluation = command.recipe, command.evaluation
+    with session([*(name for name in SWITCHES if getattr(command, name)), "quiet"], recipe.model) as screen:
         LOGGER.setLevel("ERROR")  # the first process warns
-        if command.evaluation.wanted and not command.quantizes and evaluate.is_quantized(recipe):
-            return ""
+        if evaluation.wanted and not command.quantizes and evaluate.is_quantized(recipe):
+            return evaluate.evaluate_model(recipe, evaluation, screen, quiet=True)
         if command.dry_run:
             foretold(recipe, probe=False, json=command.log_json, foretell=foretell)
             return ""
+        prepared = evaluate.prepare(evaluation, reference=True) if evaluation.wanted else None
+        folders: list[Path] = []
         for each in (quantize or _engine())(recipe.model, recipe):
             for _ in each:  # the same calls in the same order as in ``_finish``
                 pass
-            each.export()
-    return ""
+            folders += each.export()
+        return evaluate.evaluate_run(folders, prepared, recipe, screen, quiet=True) if prepared else ""
 
 
 def _engine() -> Quantize:

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TextIO
 
 import torch
+from torch import Tensor
 
 from autoround.data.language import did_you_mean
 from autoround.errors import DataError, ModelError, UsageError
@@ -19,6 +20,7 @@ from autoround.evaluate.results import Measure
 from autoround.evaluate.settings import BUILT_IN, Access, Evaluation
 from autoround.hub import load
 from autoround.model.load import gguf_file
+from autoround.ranks import ALONE, Ranks
 
 SHIPPED = Path(__file__).parent / "tasks"
 OFFLINE = "python_docs_cloze, python_docs_choice, python_docs_perplexity, kl and perplexity need no network"
@@ -101,7 +103,7 @@ def check_backend(backend: str) -> None:
         )
 
 
-def open_lm(path: str | Path, settings: Evaluation, access: Access, device: torch.device) -> Any:
+def open_lm(path: str | Path, settings: Evaluation, access: Access, device: torch.device, ranks: Ranks = ALONE) -> Any:
     """Load a checkpoint of any layout behind lm-eval's interface.
 
     Args:
@@ -109,6 +111,7 @@ def open_lm(path: str | Path, settings: Evaluation, access: Access, device: torc
         settings: backend, batch size, dtype and whether prompts begin with BOS.
         access: how it is reached.
         device: of the backend hf; vLLM chooses its own.
+        ranks: processes that share the requests; of the backend hf.
 
     Raises:
         AutoRoundError: no such checkpoint, or one that the backend does not take.
@@ -125,7 +128,24 @@ def open_lm(path: str | Path, settings: Evaluation, access: Access, device: torc
     source = folder / opened.gguf_file if opened.gguf_file else folder
     model = load(source, dtype=settings.eval_model_dtype, device=device, trust_remote_code=access.trust_remote_code)
     model.requires_grad_(False)
-    return HFLM(pretrained=model, tokenizer=opened.tokenizer(), batch_size=settings.eval_bs, add_bos_token=bos)
+
+    class Sharing(HFLM):  # type: ignore[misc]
+        """One of the processes that share the requests."""
+
+        rank, world_size = ranks.rank, ranks.size
+
+        def all_gather(self, tensor: Tensor) -> Tensor:
+            return torch.stack(ranks.gather(tensor))
+
+        def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+            found = ranks.gather(obj)
+            return found if ranks.rank == dst else None
+
+        def barrier(self) -> None:
+            ranks.gather(None)
+
+    kind = HFLM if ranks.size == 1 else Sharing
+    return kind(pretrained=model, tokenizer=opened.tokenizer(), batch_size=settings.eval_bs, add_bos_token=bos)
 
 
 @contextlib.contextmanager

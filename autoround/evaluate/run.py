@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from autoround.backends.base import select
+from autoround.backends.base import of_rank, select_all
 from autoround.errors import UsageError
 from autoround.evaluate.built_in import BuiltIn, measure_built_in
 from autoround.evaluate.harness import Outcome, Tasks, check_backend, load_tasks, only_progress, open_lm, run_tasks
@@ -19,7 +19,9 @@ from autoround.evaluate.opening import open_checkpoint
 from autoround.evaluate.results import FLOAT, Interrupted, ModelResults, Results
 from autoround.evaluate.settings import Access, Evaluation
 from autoround.evaluate.stream import Streaming
+from autoround.launch import launched
 from autoround.progress import Progress
+from autoround.ranks import Ranks, join
 
 
 class Prepared(NamedTuple):
@@ -69,7 +71,7 @@ def evaluate(
     tell: Callable[[str], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Results:
-    """Measure checkpoints of any layout.
+    """Measure checkpoints of any layout; processes that torchrun started share the text and the tasks of Hugging Face.
 
     Args:
         checkpoints: name -> hub name, folder or GGUF file.
@@ -82,7 +84,8 @@ def evaluate(
 
     Raises:
         Interrupted: by Ctrl-C; it has what was finished.
-        AutoRoundError: a checkpoint that cannot be opened, other vocabularies, or text that cannot be read.
+        AutoRoundError: a checkpoint that cannot be opened, other vocabularies, text that cannot be read, or tasks of
+            fewer questions than processes.
     """
     settings = prepared.settings
     scored = dict(checkpoints)
@@ -90,7 +93,9 @@ def evaluate(
         scored = {FLOAT: reference, **checkpoints}
     found, outcomes = BuiltIn("", {}, {}), dict.fromkeys((FLOAT, *checkpoints), Outcome())
     try:
-        backend, device = select(device_map)
+        backend, devices = select_all(device_map)
+        launch = launched(os.environ)
+        device, ranks = of_rank(backend, devices, launch)[0], join(launch, backend.name)
         if prepared.built_in:
             found = measure_built_in(
                 prepared.built_in,
@@ -102,12 +107,13 @@ def evaluate(
                     device=device,
                     dtype=getattr(torch, settings.eval_model_dtype or "float32"),
                     memory=backend.memory_bytes,
+                    ranks=ranks,
                 ),
                 tell=tell or _silent,
                 on_progress=on_progress,
             )
-        for name, path in scored.items() if prepared.tasks is not None else ():
-            for outcome in _run_tasks(name, path, prepared, access=access, device=device, tell=tell):
+        for name, path in scored.items() if _tasks_of(prepared, ranks) else ():
+            for outcome in _run_tasks(name, path, prepared, access=access, device=device, ranks=ranks, tell=tell):
                 outcomes[name] = outcomes[name].then(outcome)
     except KeyboardInterrupt:
         raise Interrupted(replace(_results(found, outcomes, reference, settings), complete=False)) from None
@@ -131,6 +137,16 @@ def _results(
     )
 
 
+def _tasks_of(prepared: Prepared, ranks: Ranks) -> bool:
+    """Whether this process runs tasks; vLLM is started by the first one alone."""
+    settings = prepared.settings
+    if prepared.tasks is None or (settings.eval_backend == "vllm" and ranks.rank):
+        return False
+    if settings.limit is not None and 1 <= settings.limit < ranks.size:
+        raise UsageError(f"limit: found {settings.limit} questions for {ranks.size} processes; needed one for each")
+    return True
+
+
 def _run_tasks(
     name: str,
     path: str | Path,
@@ -138,6 +154,7 @@ def _run_tasks(
     *,
     access: Access,
     device: torch.device,
+    ranks: Ranks,
     tell: Callable[[str], None] | None,
 ) -> Iterator[Outcome]:
     """lm-eval's tasks on one model, which is gone afterwards."""
@@ -146,7 +163,7 @@ def _run_tasks(
     say(f"evaluation: {', '.join(tasks.loaded)} of {name}")
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_progress(sys.stderr if tell else stack.enter_context(open(os.devnull, "w"))))
-        for outcome in run_tasks(tasks, open_lm(path, settings, access, device), settings):
+        for outcome in run_tasks(tasks, open_lm(path, settings, access, device, ranks), settings):
             if settings.eval_task_by_task:
                 for each in outcome.measures:
                     say(f"{each.task}  {each.metric}  {each}")

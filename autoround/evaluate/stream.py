@@ -7,7 +7,7 @@ Legend: N rows, B rows in a batch, T tokens in a row, P predicted tokens, C of t
 V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from autoround.model.load import OpenModel
 from autoround.model.read import read_block
 from autoround.model.record import RecordingModel
 from autoround.progress import EvaluationMeter, Progress
+from autoround.ranks import ALONE, Ranks, owners
 
 # Logits of one model that are in memory at a time, and the fewest tokens; a chunk needs a handful of such tensors.
 CHUNK_LOGITS, CHUNK_TOKENS = 2**21, 64
@@ -46,15 +47,31 @@ class Rows(NamedTuple):
         followed_NT = self.valid_NT[:, :-1] & self.valid_NT[:, 1:]
         return followed_NT.nonzero() + torch.tensor([0, 1])
 
+    def share(self, ranks: Ranks, batch_size: int) -> "Rows":
+        """Those of one rank: neighbours, in whole batches."""
+        batches = list(zip(*(torch.split(field, batch_size) for field in self), strict=True))
+        own = [rows for rows, owner in zip(batches, owners(len(batches), ranks.size), strict=True)
+               if owner == ranks.rank]  # fmt: skip
+        return Rows(*map(torch.cat, zip(*own, strict=True))) if own else Rows(*(field[:0] for field in self))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Streaming:
-    """How blocks run: rows in a forward, where, in which floating-point dtype, and how bytes held there are counted."""
+    """How blocks run.
+
+    Attributes:
+        batch_size: rows in a forward.
+        device: where.
+        dtype: in which floating-point dtype.
+        memory: counts the bytes held there.
+        ranks: processes that share the rows; all of them return the scores of all.
+    """
 
     batch_size: int = 4
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     dtype: torch.dtype = torch.float32
     memory: Callable[[], int] = int
+    ranks: Ranks = ALONE
 
 
 class Streamed(NamedTuple):
@@ -62,6 +79,11 @@ class Streamed(NamedTuple):
 
     scores: TokenScores
     top_P: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence["Streamed"]) -> "Streamed":
+        """Those of successive tokens as one."""
+        return cls(join([each.scores for each in parts]), torch.cat([each.top_P for each in parts]))
 
 
 class Outputs(RecordingModel):
@@ -130,6 +152,23 @@ def compare_streamed(
     if not len(rows.places_P2):
         raise DataError(f"evaluation text: found rows of {rows.tokens_NT.shape[1]} tokens; needed at least 2")
 
+    own = rows.share(streaming.ranks, streaming.batch_size)
+    found = {}
+    if len(own.places_P2):
+        found = _compare_rows(reference, candidates, own, streaming, reference_name, on_progress)
+    parts = [part for part in streaming.ranks.gather(found) if part]
+    return {name: Streamed.joined([part[name] for part in parts]) for name in parts[0]}
+
+
+def _compare_rows(
+    reference: OpenModel,
+    candidates: Mapping[str, OpenModel],
+    rows: Rows,
+    streaming: Streaming,
+    reference_name: str,
+    on_progress: Callable[[Progress], None] | None,
+) -> dict[str, Streamed]:
+    """``compare_streamed`` of one process."""
     meter = _meter(reference, candidates, streaming, on_progress)
 
     def ended(name: str, model: OpenModel) -> _Ended:

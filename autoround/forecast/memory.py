@@ -63,6 +63,8 @@ def memory_of(blank: BlankRun, process: int) -> Memory:
     if blank.templates and not on_device and any(layer.shape.experts for layer in run.plan.layers.values()):
         host += round(CPU_KEPT * EXPERTS_CACHES)
     host += max([others, *(need.host for need in blocks)])
+    if on_device:  # the next block, which is read ahead
+        host += max((_stored(blank, index) for index in range(1, len(run.plan.blocks))), default=0)
     device = DEVICE_CONTEXT + round(DEVICE_KEPT * max((need.device for need in blocks), default=0))
     return Memory(process=process, activations=activations, blocks=blocks, others=others, outside_codes=outside_codes,
                   host=host, device=device if on_device else 0)  # fmt: skip
@@ -71,6 +73,11 @@ def memory_of(blank: BlankRun, process: int) -> Memory:
 def code_bytes(codes: Mapping[str, Codes]) -> int:
     """Bytes of codes in a journal."""
     return sum(tensor.nbytes for tensor in tree_iter(dict(codes)) if isinstance(tensor, Tensor))
+
+
+def _stored(blank: BlankRun, index: int) -> int:
+    """Bytes of a block as it lies in the files."""
+    return sum(tensor.nbytes for tensor in read_block(blank.model, blank.run.plan.blocks[index].path).values())
 
 
 def _rows(blank: BlankRun) -> Tensor:

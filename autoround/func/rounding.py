@@ -90,9 +90,7 @@ def prepare(weight_OI: Tensor, spec: WeightSpec) -> Prepared:
     lo_OG, hi_OG = weight_OGS.aminmax(dim=-1)
     if not bool(torch.isfinite(hi_OG - lo_OG).all()):
         bad = int((~torch.isfinite(weight_OI)).sum())
-        raise ModelError(
-            f"found {bad} NaN or infinite values in a weight of shape {tuple(weight_OI.shape)}; needed none"
-        )
+        raise ModelError(f"found {bad} NaN or infinite values; needed finite weights; check the checkpoint")
     return Prepared(weight_OGS, lo_OG.clamp(max=0), hi_OG.clamp(min=0))
 
 

@@ -44,6 +44,12 @@ def random_texts(rows: int, count: int) -> list[str]:
     return [" ".join(f"w{draw.randrange(1000)}" for _ in range(count)) for _ in range(rows)]
 
 
+def write_random_texts(file: Path, rows: int, count: int) -> Path:
+    """Write such texts as JSON lines; returns the file."""
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in random_texts(rows, count)))
+    return file
+
+
 class StubWriter:
     """A model that writes its first ids, the row's number and the seed; keeps what it was asked."""
 

@@ -1,6 +1,8 @@
 """Whole evaluations of a tiny model: built-in measures and lm-eval's own evaluator on the tasks of this package."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,30 @@ def _assert_scores(found: dict[str, Any], settings: Evaluation, float_folder: Pa
     assert first["kl"] == pytest.approx(float(kl_NT[first["row"], first["place"] - 1]), abs=1e-4)
     assert first["token"] == tokenizer.decode(rows.tokens_NT[first["row"], first["place"]])
     assert first["context"].endswith(tokenizer.decode(rows.tokens_NT[first["row"], first["place"] - 1]))
+
+
+@pytest.mark.slow
+def test_processes_share_the_text_and_the_questions(float_folder: Path, tmp_path: Path) -> None:
+    """After a run, and of a folder that is there."""
+    tasks, output = ("kl", "perplexity", *SHIPPED), tmp_path / "out"
+    words = ["--tasks", ",".join(tasks), "--limit", "5", "--eval_seqlen", "64", "--eval_bs", "2"]
+    run = ["--model", str(float_folder), "--iters", "0", "--group_size", "32", "--output_dir", str(output), "--eval"]
+    again = ["eval", str(output), "--reference", str(float_folder), "--eval_output", str(tmp_path / "again.json")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    shown = []
+    for command in (run, again):
+        done = subprocess.run([*torchrun, "autoround", *command, *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        shown.append(done.stdout)
+    assert all(text.count("python_docs_choice") == 2 for text in shown)  # one table, acc and acc_norm
+    settings = Evaluation(tasks=tasks, limit=5, eval_seqlen=64, eval_bs=2)
+    whole = evaluate({"out": output}, prepare(settings, reference=True), reference=float_folder)
+    (expected,) = (each.measures for each in whole.models if each.name == "out")
+    for file in (tmp_path / "out.evaluation.json", tmp_path / "again.json"):
+        found = json.loads(file.read_text())["models"]
+        (own,) = (each["tasks"] for name, each in found.items() if name != "float")
+        for measure in expected:
+            assert own[measure.task][measure.metric]["value"] == pytest.approx(measure.value, rel=1e-4), measure
 
 
 def test_a_model_alone_has_its_perplexity(quantized_folder: Path) -> None:

@@ -1,6 +1,8 @@
 """Scores block by block against those of models in memory."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -9,16 +11,18 @@ from autoround.engine import quantize
 from autoround.errors import DataError, ModelError
 from autoround.evaluate.opening import open_checkpoint
 from autoround.evaluate.scores import TokenScores, compare
-from autoround.evaluate.stream import Rows, Streaming, compare_streamed
+from autoround.evaluate.stream import Rows, Streamed, Streaming, compare_streamed
 from autoround.hub import load
 from autoround.model.load import open_model
 from autoround.progress import Progress
+from autoround.ranks import Alone
 from autoround.recipe import Recipe
 from tests.families.table import make as make_family
 from tests.formats.quantized import quantized, tiny_gpt2, tiny_llama
 from tests.model.tiny import CONFIGS, VOCABULARY, make
 
 STREAMING = Streaming(batch_size=3)
+T = TypeVar("T")
 
 
 def rows(vocabulary: int, *, count: int = 5, tokens: int = 12) -> Rows:
@@ -96,6 +100,31 @@ def test_blocks_are_told_and_top_tokens_are_the_models() -> None:
     with torch.no_grad():
         expected = model(text.tokens_NT).logits[:, :-1].argmax(-1).flatten()
     assert torch.equal(found.top_P, expected)
+
+
+class Teller(Alone):
+    """One of several ranks that take turns: it knows what those before it told."""
+
+    def __init__(self, rank: int, size: int, told: list[Any]) -> None:
+        self.rank, self.size, self._told = rank, size, told  # type: ignore[misc]
+
+    def gather(self, value: T) -> list[T]:
+        self._told.append(value)
+        return list(self._told)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_score_rows_of_their_own(size: int) -> None:
+    model, other, text = open_model(make("llama")), open_model(make("gpt2")), rows(VOCABULARY)
+    whole = compare_streamed(model, {"other": other}, text, streaming=STREAMING)
+    told: list[dict[str, Streamed]] = []
+    for rank in range(size):  # the last one knows what all have
+        own = dataclasses.replace(STREAMING, ranks=Teller(rank, size, told))
+        found = compare_streamed(model, {"other": other}, text, streaming=own)
+    assert [len(part["other"].top_P) if part else 0 for part in told] == [3 * 11, 2 * 11, 0][:size]
+    for name, scored in whole.items():
+        assert_same(found[name].scores, scored.scores)
+        assert torch.equal(found[name].top_P, scored.top_P)
 
 
 def test_other_vocabularies_and_rows_of_one_token() -> None:

@@ -1,15 +1,20 @@
-"""Structure found from modules."""
+"""Structure found from modules, and reading blocks."""
 
+import dataclasses
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from autoround.errors import ModelError
 from autoround.model.blocks import find_blocks, structure
 from autoround.model.load import open_model
-from autoround.model.read import read_block
+from autoround.model.read import BlockReader, read_block
+from autoround.model.source import WeightSource
 from tests.model import tiny
 
 
@@ -62,3 +67,45 @@ def test_a_model_without_blocks_is_refused() -> None:
     model.model.layers = torch.nn.ModuleList([torch.nn.Linear(8, 8)])
     with pytest.raises(ModelError, match="LlamaForCausalLM: found no repeated blocks"):
         find_blocks(model)
+
+
+class _Watched:
+    """A source that notes which thread read a tensor; one of them cannot be read."""
+
+    def __init__(self, source: WeightSource, broken: str) -> None:
+        self._whole, self._broken = source, broken
+        self.threads: dict[str, threading.Thread] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+    def read(self, name: str) -> Tensor:
+        self.threads[name] = threading.current_thread()
+        if name == self._broken:
+            raise ModelError(f"{name}: broken")
+        return self._whole.read(name)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_reader_is_one_block_ahead(ahead: bool, tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path)
+    model, paths = open_model(tmp_path), ["model.layers.0", "model.layers.1"]
+    source = _Watched(model.source, broken="")
+    reader = BlockReader(dataclasses.replace(model, source=source), paths, ahead=ahead)
+    for path in (paths[0], paths[0], paths[1], paths[0]):  # some are begun again
+        found, expected = reader.read(path), read_block(model, path)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        if path == paths[1]:
+            own = source.threads["model.layers.1.mlp.up_proj.weight"]
+            assert (own is threading.main_thread()) == (not ahead)
+
+
+def test_what_cannot_be_read_ahead_is_told_of_its_own_block(tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path)
+    model, paths = open_model(tmp_path), ["model.layers.0", "model.layers.1"]
+    source = _Watched(model.source, broken="model.layers.1.mlp.up_proj.weight")
+    reader = BlockReader(dataclasses.replace(model, source=source), paths, ahead=True)
+    assert reader.read(paths[0])
+    with pytest.raises(ModelError, match="broken"):
+        reader.read(paths[1])
