@@ -105,6 +105,52 @@ def run_table(rows: list[Row]) -> list[str]:
     return table(head, lines)
 
 
+class Point(NamedTuple):
+    """A recipe of a tool: median wall time, and mean KL divergence over its seeds."""
+
+    title: str
+    seconds: float
+    kl: float
+
+    @property
+    def tool(self) -> str:
+        """Its name among ``TOOLS``."""
+        return self.title.split(".", 1)[0]
+
+    @property
+    def recipe(self) -> str:
+        """The tool's name for it."""
+        return self.title.split(".", 1)[1]
+
+    def cells(self) -> list[str]:
+        """Of a table."""
+        return [f"{TOOLS[self.tool].version}, {self.recipe}", f"{self.kl:.4f}", f"{self.seconds:.0f}"]
+
+
+def points(rows: Sequence[Row]) -> list[Point]:
+    """All recipes that are judged."""
+    found = []
+    for row in rows:
+        if scores := mean_scores(row.done):
+            kl = quality.estimate({"own": scores})["own"][quality.ALL]["kl"].value
+            found.append(Point(row.title, statistics.median(cell["cost"]["seconds"] for cell in row.done), kl))
+    return found
+
+
+def reach_table(rows: Sequence[Row]) -> list[str]:
+    """For each recipe of another tool, our fastest one that is at least as good; empty without recipes of both."""
+    ours, others = [], []
+    for point in points(rows):
+        (ours if point.tool == OURS else others).append(point)
+    lines = []
+    for other in sorted(others, key=lambda point: point.kl):
+        fits = min((own for own in ours if own.kl <= other.kl), key=lambda own: own.seconds, default=None)
+        own = ["none", "", "", ""] if fits is None else [*fits.cells(), f"{fits.seconds / other.seconds:.2f}"]
+        lines.append([*other.cells(), *own])
+    head = ["tool, recipe", "KL", "seconds", "ours of no larger KL", "KL", "seconds", "part of the time"]
+    return table(head, lines) if ours and lines else []
+
+
 def partner(title: str, judged: Mapping[str, object]) -> str:
     """Our row of the same recipe; our default where we have none, and itself where that is not judged."""
     recipe = title.split(".", 1)[1].partition("+")[0]
@@ -143,14 +189,10 @@ def step_table(results: Group) -> list[str]:
 
 def plot(title: str, rows: list[Row], file: Path) -> bool:
     """Time against KL, one curve a tool; whether there was anything to draw."""
-    points: dict[str, list[tuple[float, float, str]]] = {}
-    for row in rows:
-        scores = mean_scores(row.done)
-        if scores:
-            tool, recipe = row.title.split(".", 1)
-            kl = quality.estimate({"own": scores})["own"][quality.ALL]["kl"].value
-            points.setdefault(tool, []).append((statistics.median(c["cost"]["seconds"] for c in row.done), kl, recipe))
-    if not points:
+    by_tool: dict[str, list[Point]] = {}
+    for point in sorted(points(rows), key=lambda point: point.seconds):
+        by_tool.setdefault(point.tool, []).append(point)
+    if not by_tool:
         return False
     import matplotlib  # an extra, needed for plots alone
 
@@ -159,11 +201,10 @@ def plot(title: str, rows: list[Row], file: Path) -> bool:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for tool, own in points.items():
-        seconds, kls, recipes = zip(*sorted(own), strict=True)
-        axes.plot(seconds, kls, marker="o", label=TOOLS[tool].version)
-        for second, kl, recipe in zip(seconds, kls, recipes, strict=True):
-            axes.annotate(recipe, (second, kl), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    for tool, own in by_tool.items():
+        axes.plot([each.seconds for each in own], [each.kl for each in own], marker="o", label=TOOLS[tool].version)
+        for each in own:
+            axes.annotate(each.recipe, (each.seconds, each.kl), textcoords="offset points", xytext=(4, 4), fontsize=7)
     axes.set(xscale="log", yscale="log", xlabel="wall time, seconds", ylabel="KL, nats per token", title=title)
     axes.legend()
     axes.grid(which="both", alpha=0.3)
@@ -189,6 +230,8 @@ def write(results: Group, file: Path) -> None:
     for key, rows in groups(results, "run").items():
         lines += [f"\n## Whole runs: {key.replace('/', ', ')}\n", *run_table(rows)]
         lines += ["", f"Judged on {judged_tokens(rows):,} predicted tokens; runs of a recipe: one per seed."]
+        if reached := reach_table(rows):
+            lines += ["", *reached]
         picture = file.with_suffix("") / f"{key.replace('/', '-')}.svg"
         if plot(key.replace("/", ", "), rows, picture):
             lines += ["", f"![Time against KL divergence]({picture.relative_to(file.parent)})"]

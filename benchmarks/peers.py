@@ -99,9 +99,10 @@ def _settings(job: Job, *, data: bool) -> list[str]:
     return words + ([] if job.iters is None else ["--iters", str(job.iters)])
 
 
-def _ours(command: str, *, data: bool = True) -> Callable[[Job], list[str]]:
+def _ours(command: str, *extra: str, data: bool = True) -> Callable[[Job], list[str]]:
     program = str(Path(sys.executable).with_name(command))
-    return lambda job: [program, *_settings(job, data=data), *(["--dataset", f"{job.texts}:concat=False"] * data)]
+    words = ["--dataset", "{}:concat=False"] * data
+    return lambda job: [program, *_settings(job, data=data), *(each.format(job.texts) for each in words), *extra]
 
 
 def _theirs(command: str, *extra: str, data: bool = True) -> Callable[[Job], list[str]]:
@@ -127,7 +128,11 @@ def _twins(make: Callable[..., Callable[[Job], list[str]]]) -> dict[str, Callabl
 
 OURS, THEIRS = "autoround", "auto-round"
 TOOLS: dict[str, Tool] = {
-    OURS: Tool(version="autoround", recipes=_twins(_ours)),
+    OURS: Tool(
+        version="autoround",
+        # fewer steps than any recipe of auto-round takes, at the rate that they want
+        recipes=_twins(_ours) | {"25-steps": _ours("auto-round", "--iters", "25")},
+    ),
     THEIRS: Tool(
         version="auto-round 0.16.1",
         recipes=_twins(_theirs)

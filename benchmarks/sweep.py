@@ -82,7 +82,7 @@ def groups(bits: int) -> dict[str, list[Variant]]:
         "light": _variants(bits, iters=(15, 50), compensate=both, lr=(0.005,)),
         "rate": _variants(bits, iters=(25,), lr=(0.0025, 0.005, 0.01, 0.02, 0.04)),
         "rate50": _paced(bits, (50, 8), parts=(0.25, 0.5, 1.0)),
-        "rate200": _paced(bits, (200, 8), parts=(0.25, 0.5, 1.0, 2.0)),
+        "rate200": _paced(bits, (200, 8), parts=(0.25, 0.5, 1.0)),
         "clips": _variants(bits, iters=(25,), minmax_lr=(0.01, 0.02, 0.08)),
         "momentum": _variants(bits, iters=(25,), momentum=(0.5, 0.9), lr=(0.02, 0.04)),
         "pace": _paced(bits, (25, 8), (50, 4), (100, 2), parts=(0.25, 0.5, 1.0)),

@@ -91,12 +91,27 @@ def test_a_failure_is_a_result_with_its_error(tmp_path: Path, monkeypatch: pytes
     assert "cost" not in found
 
 
-def test_means_over_seeds_and_spreads() -> None:
-    def cell(kl: float) -> dict[str, object]:
-        fields = {"tokens_D": [10.0, 10.0], "nll_D": [1.0, 1.0], "kl_D": [kl, kl], "agrees_D": [5.0, 5.0]}
-        return {"quality": {"documents": {"docs": fields}}}
+def judged(kl: float, seconds: float = 1.0) -> dict[str, object]:
+    """A result of which two documents of ten tokens have a divergence."""
+    fields = {"tokens_D": [10.0, 10.0], "nll_D": [1.0, 1.0], "kl_D": [kl, kl], "agrees_D": [5.0, 5.0]}
+    return {"quality": {"documents": {"docs": fields}}, "cost": {"seconds": seconds}}
 
-    found = page.mean_scores([cell(1.0), cell(3.0), {}])
+
+def test_our_fastest_recipe_of_no_larger_divergence_stands_beside_each_of_theirs() -> None:
+    made = {"autoround.fast": (3.0, 10.0), "autoround.slow": (1.0, 40.0), "auto-round.light": (2.0, 50.0),
+            "auto-round.default": (0.5, 90.0), "gptqmodel.gptq": (3.0, 20.0)}  # fmt: skip
+    rows = [page.Row(title, [judged(*each)]) for title, each in made.items()]
+    lines = [line.strip("| ").split(" | ") for line in page.reach_table(rows)[2:]]
+    assert [[line[0].split(", ")[1], *line[3:]] for line in lines] == [
+        ["default", "none"],
+        ["light", "autoround, slow", "0.1000", "40", "0.80"],
+        ["gptq", "autoround, fast", "0.3000", "10", "0.50"],
+    ]
+    assert page.reach_table(rows[:2]) == []
+
+
+def test_means_over_seeds_and_spreads() -> None:
+    found = page.mean_scores([judged(1.0), judged(3.0), {}])
     assert torch.equal(found["docs"].kl_D, torch.tensor([2.0, 2.0], dtype=torch.float64))
     assert page.spread([3.0, 1.0, 2.0], 1) == "2.0 (1.0–3.0)"
     assert page.spread([3.0]) == "3"
