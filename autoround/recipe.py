@@ -73,7 +73,8 @@ class Recipe:
     seed: int = option(42, "seed of row order and batches", "calibration")
 
     iters: int = option(200, "tuning steps per block; 0 rounds to nearest", "tuning", "iter")
-    lr: float | None = option(None, "learning rate of the offsets; 1/iters when unset", "tuning")
+    lr: float | None = option(
+        None, "learning rate of the offsets; 1/iters when unset, and half of it at more than 2 bits", "tuning")
     minmax_lr: float | None = option(None, "learning rate of the clips; that of the offsets when unset", "tuning")
     momentum: float = option(0.0, "momentum of the sign gradient", "tuning")
     adam: bool = option(False, "AdamW in place of SignSGD", "tuning", "enable_adam")
@@ -160,10 +161,13 @@ class Recipe:
         return self.iters > 0 or self.searches_clips or self.compensates
 
     def learning_rate(self, bits: int) -> float:
-        """Of the offsets: ``lr``, or 1/iters, doubled for long runs at 2 and 3 bits."""
+        """Of the offsets: ``lr``, or 1/iters at 2 bits and half of it at more; doubled for long runs at 2 and 3 bits.
+
+        docs/experiments.md has what other rates do.
+        """
         if self.lr is not None:
             return self.lr
-        return (2.0 if self.iters >= 1000 and bits <= 3 else 1.0) / max(self.iters, 1)
+        return (2.0 if self.iters >= 1000 and bits <= 3 else 1.0) * (1.0 if bits == 2 else 0.5) / max(self.iters, 1)
 
     @classmethod
     def preset(cls, preset: str, /, **settings: Any) -> "Recipe":
@@ -187,7 +191,7 @@ LEAST = {"nsamples": 1, "seqlen": 1, "batch_size": 1, "gradient_accumulate_steps
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "best": {"iters": 1000, "nsamples": 512},
-    "light": {"iters": 50, "lr": 5e-3},
+    "light": {"iters": 50},
     "rtn": {"iters": 0},
     "opt_rtn": {"iters": 0, "clip_search": True},
 }

@@ -1,7 +1,7 @@
 """Which settings reach which quality: many recipes on one model, judged alike; how defaults are chosen.
 
-``python -m benchmarks.sweep [--groups NAME …] [--bits N …] [--blocks N] [--rows N] [--jobs N] [--minutes N]
-[--device NAME] [--folder FOLDER]`` quantizes SmolLM2 (dithered), or its first blocks, by each variant of the named
+``python -m benchmarks.sweep [--groups NAME …] [--bits N …] [--seeds N …] [--blocks N] [--rows N] [--jobs N] [--minutes
+N] [--device NAME] [--folder FOLDER]`` quantizes SmolLM2 (dithered), or its first blocks, by each variant of the named
 groups and prints KL divergence from the float model in four domains, and seconds a block without the first one.
 Variants are shared among ``--jobs`` processes on one device: their times then say nothing, the divergences are the
 same. What a variant found is a line of ``FOLDER/sweep-JOB.jsonl`` and is not computed again.
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,13 @@ def work(options: argparse.Namespace) -> None:
 
 def chosen(options: argparse.Namespace) -> list[Variant]:
     """The variants that are asked for, group after group, each once."""
-    found = [variant for name in options.groups for bits in options.bits for variant in groups(bits)[name]]
+    found = [
+        replace(variant, seed=seed)
+        for name in options.groups
+        for bits in options.bits
+        for seed in options.seeds
+        for variant in groups(bits)[name]
+    ]
     return list({variant.name: variant for variant in found}.values())
 
 
@@ -200,6 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", choices=list(groups(4)), default=list(groups(4)), metavar="NAME")
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of calibration rows and batches")
     parser.add_argument("--blocks", type=int, default=30, help="the first ones; the others stay as they are")
     parser.add_argument("--rows", type=int, default=WHOLE_DATA[0], help="of calibration")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

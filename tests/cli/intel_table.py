@@ -24,6 +24,8 @@ SAME = (
     "model", "iters", "bits", "group_size", "sym", "seqlen", "batch_size", "lr", "minmax_lr", "momentum",
     "gradient_accumulate_steps", "seed", "quant_lm_head", "low_gpu_mem_usage",
 )  # fmt: skip
+# Of their light recipe, whatever the bits.
+LIGHT_RATE = 0.005
 SEARCH = "their search for scales takes data; here it is off with `--iters 0` unless `--enable_opt_rtn` is given"
 
 
@@ -94,6 +96,8 @@ def differences(recipe: Recipe, theirs: Mapping[str, Any]) -> list[str]:
         "data_type": "int", "act_bits": 16,
         "enable_adam": recipe.adam,
     }  # fmt: skip
+    if theirs["lr"] == LIGHT_RATE and recipe.lr is None:  # ours follows from steps and bits
+        ours.pop("lr")
     if recipe.needs_data:
         ours |= {"nsamples": recipe.nsamples, "dataset": recipe.dataset}
     if recipe.format[0].startswith("gguf:"):  # the file type decides

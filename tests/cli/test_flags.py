@@ -17,11 +17,11 @@ GOLDEN = Path(__file__).parent / "golden"
 
 # (iters, nsamples, lr, clip search) of each command, with the learning rate at 4 bits.
 RESOLVED = {
-    "default": (200, 128, 1 / 200, True),
-    "best": (1000, 512, 1 / 1000, True),
-    "light": (50, 128, 5e-3, True),
-    "rtn": (0, 128, 1.0, False),
-    "opt_rtn": (0, 128, 1.0, True),
+    "default": (200, 128, 0.5 / 200, True),
+    "best": (1000, 512, 0.5 / 1000, True),
+    "light": (50, 128, 0.5 / 50, True),
+    "rtn": (0, 128, 0.5, False),
+    "opt_rtn": (0, 128, 0.5, True),
 }
 
 

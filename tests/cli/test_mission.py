@@ -205,7 +205,8 @@ def test_an_option_of_the_table(words: str, meaning: dict[str, Any], default: di
 
 def test_defaults_that_follow_from_others() -> None:
     assert parse(["m"], "default").recipe.spec.group_size == 128
-    assert [Recipe(iters=iters).learning_rate(4) for iters in (200, 1000)] == [1 / 200, 1 / 1000]
+    assert [Recipe(iters=iters).learning_rate(2) for iters in (50, 200)] == [1 / 50, 1 / 200]
+    assert [Recipe(iters=iters).learning_rate(4) for iters in (200, 1000)] == [0.5 / 200, 0.5 / 1000]
     assert parse(["m"], "best").recipe.nsamples == 512
 
 

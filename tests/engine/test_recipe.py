@@ -29,7 +29,7 @@ DEFAULTS: dict[str, Any] = {"iters": 200, "nsamples": 128, "seqlen": 2048, "batc
     [
         ("default", {"searches_clips": True, "compensates": False}),
         ("best", {"iters": 1000, "nsamples": 512, "searches_clips": True, "compensates": False}),
-        ("light", {"iters": 50, "lr": 5e-3, "searches_clips": True, "compensates": False}),
+        ("light", {"iters": 50, "searches_clips": True, "compensates": False}),
         ("rtn", {"iters": 0, "searches_clips": False, "compensates": False}),
         ("opt_rtn", {"iters": 0, "searches_clips": True, "compensates": True}),
     ],
@@ -82,8 +82,8 @@ def test_single_settings_lie_over_the_scheme() -> None:
 
 @pytest.mark.parametrize(
     ("iters", "bits", "rate"),
-    [(200, 4, 1 / 200), (200, 2, 1 / 200), (999, 2, 1 / 999), (1000, 2, 2 / 1000), (1000, 3, 2 / 1000),
-     (1000, 4, 1 / 1000), (2000, 3, 2 / 2000), (0, 4, 1.0)],
+    [(200, 4, 0.5 / 200), (200, 3, 0.5 / 200), (200, 2, 1 / 200), (999, 2, 1 / 999), (1000, 2, 2 / 1000),
+     (1000, 3, 1 / 1000), (1000, 4, 0.5 / 1000), (2000, 3, 1 / 2000), (0, 2, 1.0)],
 )  # fmt: skip
 def test_learning_rate(iters: int, bits: int, rate: float) -> None:
     assert Recipe(iters=iters).learning_rate(bits) == rate
