@@ -261,6 +261,12 @@ def restored(params: Params, start: Params, starved: Mapping[str, Tensor]) -> Pa
         params: after tuning, by layer path.
         start: before.
         starved: module of experts -> bool (E,), the experts concerned.
+
+    >>> one, zero = (RoundingParams(*(torch.full(size, value) for size in ((4, 1, 2), (4, 1), (4, 1))))
+    ...              for value in (1.0, 0.0))
+    >>> found = restored({"mlp.up_proj": one}, {"mlp.up_proj": zero}, {"mlp": torch.tensor([False, True])})
+    >>> found["mlp.up_proj"].clip_max_OG.flatten().tolist()
+    [1.0, 1.0, 0.0, 0.0]
     """
     return {
         path: restore(own, start[path], starved[module]) if (module := path.rpartition(".")[0]) in starved else own

@@ -65,13 +65,15 @@ def updates(made: Recipe, *grads: float, bits: int = 4) -> list[tuple[float, flo
 
 
 def test_the_recipe_decides_the_optimizer() -> None:
-    assert updates(Recipe(iters=4), 3.0, -2.0, 0.1) == [(-0.25, -0.25), (0.1875, 0.1875), (-0.125, -0.125)]
+    assert updates(Recipe(iters=4), 3.0, -2.0, 0.1, bits=2) == [(-0.25, -0.25), (0.1875, 0.1875), (-0.125, -0.125)]
+    assert updates(Recipe(iters=4), 3.0, bits=3) == updates(Recipe(iters=4), 3.0) == [(-0.125, -0.125)]
     assert updates(Recipe(iters=2, lr=0.5), 1.0, 1.0, 1.0) == [(-0.5, -0.5), (-0.25, -0.25), (0.0, 0.0)]
     assert updates(Recipe(iters=2, lr=0.5, minmax_lr=0.1), 1.0) == [(-0.5, -0.1)]
-    assert updates(Recipe(iters=1000), 1.0, bits=3) == [(-0.002, -0.002)]
-    assert updates(Recipe(iters=4, momentum=0.9), 3.0, -2.0) == [(-0.25, -0.25), (-0.1875, -0.1875)]
-    assert updates(Recipe(iters=4, adam=True), 3.0) == [(-0.25, -0.25)]
-    assert updates(Recipe(iters=4, adam=True), 3.0, -2.0)[1] != (0.1875, 0.1875)
+    assert updates(Recipe(iters=1000), 1.0, bits=2) == [(-0.002, -0.002)]
+    assert updates(Recipe(iters=1000), 1.0, bits=3) == [(-0.001, -0.001)]
+    assert updates(Recipe(iters=4, momentum=0.9), 3.0, -2.0, bits=2) == [(-0.25, -0.25), (-0.1875, -0.1875)]
+    assert updates(Recipe(iters=4, adam=True), 3.0, bits=2) == [(-0.25, -0.25)]
+    assert updates(Recipe(iters=4, adam=True), 3.0, -2.0, bits=2)[1] != (0.1875, 0.1875)
 
 
 def calibration_order() -> Tensor:
