@@ -73,6 +73,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(words)} |" for words in (head, ["---"] * len(head), *rows)]
 
 
+def label(title: str) -> str:
+    """A row's title for people."""
+    tool, recipe = title.split(".", 1)
+    return f"{TOOLS[tool].version}, {recipe}"
+
+
 def judged_tokens(rows: list[Row]) -> int:
     """Predicted tokens of all domains; 0 where nothing is judged."""
     scores = next((scores for row in rows if (scores := mean_scores(row.done))), {})
@@ -84,7 +90,7 @@ def run_table(rows: list[Row]) -> list[str]:
     own = {row.title: scores for row in rows if (scores := mean_scores(row.done))}
     lines = []
     for row in sorted(rows, key=lambda row: (row.title.split(".", 1)[1], row.title)):
-        title = f"{TOOLS[row.title.split('.', 1)[0]].version}, {row.title.split('.', 1)[1]}"
+        title = label(row.title)
         if not row.done:
             lines.append([title, "failed: " + row.cells[0]["error"].replace("|", "/")[-160:], *[""] * 5])
             continue
@@ -124,7 +130,7 @@ class Point(NamedTuple):
 
     def cells(self) -> list[str]:
         """Of a table."""
-        return [f"{TOOLS[self.tool].version}, {self.recipe}", f"{self.kl:.4f}", f"{self.seconds:.0f}"]
+        return [label(self.title), f"{self.kl:.4f}", f"{self.seconds:.0f}"]
 
 
 def points(rows: Sequence[Row]) -> list[Point]:

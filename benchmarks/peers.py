@@ -99,15 +99,19 @@ def _settings(job: Job, *, data: bool) -> list[str]:
     return words + ([] if job.iters is None else ["--iters", str(job.iters)])
 
 
+def _command(program: Path, options: str, extra: tuple[str, ...], *, data: bool) -> Callable[[Job], list[str]]:
+    """Both take the same words, but for options of the data set."""
+    return lambda job: [
+        str(program), *_settings(job, data=data), *(["--dataset", f"{job.texts}{options}"] * data), *extra
+    ]  # fmt: skip
+
+
 def _ours(command: str, *extra: str, data: bool = True) -> Callable[[Job], list[str]]:
-    program = str(Path(sys.executable).with_name(command))
-    words = ["--dataset", "{}:concat=False"] * data
-    return lambda job: [program, *_settings(job, data=data), *(each.format(job.texts) for each in words), *extra]
+    return _command(Path(sys.executable).with_name(command), ":concat=False", extra, data=data)
 
 
 def _theirs(command: str, *extra: str, data: bool = True) -> Callable[[Job], list[str]]:
-    program = str(client_python("auto-round").with_name(command))
-    return lambda job: [program, *_settings(job, data=data), *(["--dataset", str(job.texts)] * data), *extra]
+    return _command(client_python("auto-round").with_name(command), "", extra, data=data)
 
 
 def _driver(environment: str, script: str, *words: str) -> Callable[[Job], list[str]]:

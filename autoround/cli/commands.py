@@ -16,10 +16,11 @@ FAILED, INTERRUPTED = 1, 130
 
 
 class Subcommand(NamedTuple):
-    """Where a subcommand is, and what it does in a few words."""
+    """Where a subcommand is, what it does in a few words, and whether processes that torchrun started share it."""
 
     module: str
     summary: str
+    shared: bool = False
 
 
 class Unfinished(Exception):
@@ -47,7 +48,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = MappingProxyType(
     {
         "export": Subcommand("autoround.cli.export", "more formats from a journal or checkpoint"),
         "data": Subcommand("autoround.cli.data", "what calibration data holds, with the first rows"),
-        "eval": Subcommand("autoround.cli.evaluate", "measures of a checkpoint, beside its float model"),
+        "eval": Subcommand("autoround.cli.evaluate", "measures of a checkpoint, beside its float model", shared=True),
         "list": Subcommand("autoround.cli.listing", "names of formats, schemes, datasets or recipes"),
         "doctor": Subcommand("autoround.cli.doctor", "what this machine has, and what would be fast on it"),
         "completion": Subcommand("autoround.cli.completion", "a script that completes flags in your shell"),

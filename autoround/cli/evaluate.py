@@ -96,7 +96,7 @@ def evaluate_model(recipe: Recipe, evaluation: Evaluation, screen: "Display", *,
     except KeyboardInterrupt:
         raise Unfinished("", NOTHING, INTERRUPTED) from None
     results = _measure([recipe.model], prepared, recipe, screen, quiet=quiet)
-    return "" if follows(os.environ) else _shown(results, prepared.settings.eval_output)
+    return _shown(results, prepared.settings.eval_output)
 
 
 def evaluate_run(
@@ -117,7 +117,7 @@ def evaluate_run(
     if not quiet:
         screen.note(f"written, and now measured: {', '.join(map(str, folders))}")
     results = _measure([str(folder) for folder in folders], prepared, recipe, screen, quiet=quiet)
-    return "" if follows(os.environ) else _shown(results, prepared.settings.eval_output, written)
+    return _shown(results, prepared.settings.eval_output, written)
 
 
 def _measure(paths: Sequence[str], prepared: "Prepared", recipe: Recipe, screen: "Display", *, quiet: bool) -> Results:
@@ -150,9 +150,13 @@ def _measure(paths: Sequence[str], prepared: "Prepared", recipe: Recipe, screen:
 def _shown(results: Results, output: str | None, before: str = "") -> str:
     """Write the results where they are wanted; the table, below what stdout shows before it.
 
+    Of several processes, the first one alone writes and tells.
+
     Raises:
         Unfinished: some are missing.
     """
+    if follows(os.environ):
+        return ""
     done = [f"{', '.join(dict.fromkeys(each.task for each in own.measures))} of {own.name}"
             for own in results.models if own.measures]  # fmt: skip
     if not done and not results.complete:

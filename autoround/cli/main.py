@@ -108,7 +108,7 @@ def _result(
 def _called(words: list[str], preset: str, quantize: Quantize | None, foretell: Foretell | None) -> str:
     first, rest = (words[0], words[1:]) if words else ("", [])
     if first in SUBCOMMANDS:
-        if first != "eval" and follows(os.environ):  # work for one process
+        if follows(os.environ) and not SUBCOMMANDS[first].shared:  # work for one process
             return ""
         module = find(first)
         return module.run(module.GRAMMAR.read(rest))

@@ -130,7 +130,7 @@ def open_lm(path: str | Path, settings: Evaluation, access: Access, device: torc
     model.requires_grad_(False)
 
     class Sharing(HFLM):  # type: ignore[misc]
-        """One of the processes that share the requests."""
+        """One of the processes that share the requests, or the only one."""
 
         rank, world_size = ranks.rank, ranks.size
 
@@ -144,8 +144,7 @@ def open_lm(path: str | Path, settings: Evaluation, access: Access, device: torc
         def barrier(self) -> None:
             ranks.gather(None)
 
-    kind = HFLM if ranks.size == 1 else Sharing
-    return kind(pretrained=model, tokenizer=opened.tokenizer(), batch_size=settings.eval_bs, add_bos_token=bos)
+    return Sharing(pretrained=model, tokenizer=opened.tokenizer(), batch_size=settings.eval_bs, add_bos_token=bos)
 
 
 @contextlib.contextmanager

@@ -96,6 +96,7 @@ def evaluate(
         backend, devices = select_all(device_map)
         launch = launched(os.environ)
         device, ranks = of_rank(backend, devices, launch)[0], join(launch, backend.name)
+        runs_tasks = _runs_tasks(prepared, ranks)
         if prepared.built_in:
             found = measure_built_in(
                 prepared.built_in,
@@ -112,7 +113,7 @@ def evaluate(
                 tell=tell or _silent,
                 on_progress=on_progress,
             )
-        for name, path in scored.items() if _tasks_of(prepared, ranks) else ():
+        for name, path in scored.items() if runs_tasks else ():
             for outcome in _run_tasks(name, path, prepared, access=access, device=device, ranks=ranks, tell=tell):
                 outcomes[name] = outcomes[name].then(outcome)
     except KeyboardInterrupt:
@@ -137,7 +138,7 @@ def _results(
     )
 
 
-def _tasks_of(prepared: Prepared, ranks: Ranks) -> bool:
+def _runs_tasks(prepared: Prepared, ranks: Ranks) -> bool:
     """Whether this process runs tasks; vLLM is started by the first one alone."""
     settings = prepared.settings
     if prepared.tasks is None or (settings.eval_backend == "vllm" and ranks.rank):

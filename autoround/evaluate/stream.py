@@ -49,10 +49,9 @@ class Rows(NamedTuple):
 
     def share(self, ranks: Ranks, batch_size: int) -> "Rows":
         """Those of one rank: neighbours, in whole batches."""
-        batches = list(zip(*(torch.split(field, batch_size) for field in self), strict=True))
-        own = [rows for rows, owner in zip(batches, owners(len(batches), ranks.size), strict=True)
-               if owner == ranks.rank]  # fmt: skip
-        return Rows(*map(torch.cat, zip(*own, strict=True))) if own else Rows(*(field[:0] for field in self))
+        rows = len(self.tokens_NT)
+        owner_N = torch.tensor(owners(-(-rows // batch_size), ranks.size)).repeat_interleave(batch_size)[:rows]
+        return Rows(*(field[owner_N == ranks.rank] for field in self))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from autoround import func
 from autoround.forecast.blank import BlankRun
 from autoround.forecast.types import Seconds
 from autoround.func import init
+from autoround.model.calls import CallTemplate
 from autoround.model.read import read_block
 from autoround.schedule import make_optimizer
 from autoround.spec import GgufSpec, QuantSpec
@@ -75,6 +76,7 @@ class _Sample:
 
     blank: BlankRun
     block_fn: func.BlockFn
+    template: CallTemplate
     specs: Mapping[str, func.WeightSpec]
     weights: func.BlockWeights
     whole: dict[str, Tensor]
@@ -82,9 +84,9 @@ class _Sample:
 
     def batch(self, rows: int) -> func.Batch:
         """Random hidden states of some rows, all of them valid."""
-        run, index = self.blank.run, len(self.blank.run.plan.blocks) // 2
+        run = self.blank.run
         hidden_BTD = torch.randn(rows, *self.blank.hidden, device=run.device).to(run.numerics.torch_dtype)
-        call = self.blank.templates[index].bind(hidden_BTD, torch.zeros(rows, dtype=torch.int64))
+        call = self.template.bind(hidden_BTD, torch.zeros(rows, dtype=torch.int64))
         valid_BT = torch.ones(rows, run.recipe.seqlen, dtype=torch.bool, device=run.device)
         return func.Batch(call, hidden_BTD, valid_BT)
 
@@ -96,6 +98,7 @@ def _sample(blank: BlankRun) -> _Sample:
     return _Sample(
         blank=blank,
         block_fn=blank.block_fn(index),
+        template=blank.templates[index],
         specs=block.specs,
         weights=func.split_tensors(tensors, block.specs),
         whole=cast(tensors, run.numerics.torch_dtype),

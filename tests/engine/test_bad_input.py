@@ -39,7 +39,9 @@ def test_weights_that_are_not_finite_are_named(preset: str, value: float, tmp_pa
     model = make()
     with torch.no_grad():
         model.get_submodule(LAYER).weight[3, 5] = value
-    with pytest.raises(ModelError, match=rf"^{LAYER}: found 1 NaN or infinite values"):
+    with pytest.raises(
+        ModelError, match=rf"^{LAYER}: found 1 NaN or infinite values; needed finite weights; check the"
+    ):
         quantize(model, recipe(tmp_path, preset)).export()
     assert left_behind(tmp_path) == ["out.journal"]  # the block before it is kept
 
