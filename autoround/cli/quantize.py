@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -182,44 +182,31 @@ def run(command: Command, quantize: Quantize | None = None, foretell: Foretell |
         AutoRoundError: it cannot be done.
         Unfinished: the evaluation was stopped, or tasks failed.
     """
+    check(command.recipe)
+    follower = follows(os.environ)
+    if follower:
+        command = replace(command, quiet=True, no_probe=True, notes=())
+    with session([name for name in SWITCHES if getattr(command, name)], command.recipe.model) as screen:
+        if follower:
+            LOGGER.setLevel("ERROR")  # the first process warns
+        shown = _run(command, screen, quantize, foretell)
+    return "" if follower else shown
+
+
+def _run(command: Command, screen: "Display", quantize: Quantize | None, foretell: Foretell | None) -> str:
     recipe, evaluation, quiet = command.recipe, command.evaluation, command.quiet
-    check(recipe)
-    if follows(os.environ):
-        return _follow(command, quantize, foretell)
-
-    with session([name for name in SWITCHES if getattr(command, name)], recipe.model) as screen:
-        told = None if quiet else screen.update
-        for note in command.notes:
-            screen.note(note)
-        if evaluation.wanted and not command.quantizes and evaluate.is_quantized(recipe):
-            return evaluate.evaluate_model(recipe, evaluation, screen, quiet=quiet)
-        if command.dry_run:
-            return foretold(recipe, probe=not command.no_probe, json=command.log_json, foretell=foretell)
-        prepared = evaluate.prepare(evaluation, reference=True) if evaluation.wanted else None
-        runs = (quantize or _engine())(recipe.model, recipe, on_progress=told)
-        folders = [folder for run in runs for folder in _finish(run, screen, quiet=quiet)]
-        if prepared is None:
-            return "\n".join(map(str, folders))
-        return evaluate.evaluate_run(folders, prepared, recipe, screen, quiet=quiet)
-
-
-def _follow(command: Command, quantize: Quantize | None, foretell: Foretell | None) -> str:
-    """This process's share of a run that another one tells of."""
-    recipe, evaluation = command.recipe, command.evaluation
-    with session([*(name for name in SWITCHES if getattr(command, name)), "quiet"], recipe.model) as screen:
-        LOGGER.setLevel("ERROR")  # the first process warns
-        if evaluation.wanted and not command.quantizes and evaluate.is_quantized(recipe):
-            return evaluate.evaluate_model(recipe, evaluation, screen, quiet=True)
-        if command.dry_run:
-            foretold(recipe, probe=False, json=command.log_json, foretell=foretell)
-            return ""
-        prepared = evaluate.prepare(evaluation, reference=True) if evaluation.wanted else None
-        folders: list[Path] = []
-        for each in (quantize or _engine())(recipe.model, recipe):
-            for _ in each:  # the same calls in the same order as in ``_finish``
-                pass
-            folders += each.export()
-        return evaluate.evaluate_run(folders, prepared, recipe, screen, quiet=True) if prepared else ""
+    for note in command.notes:
+        screen.note(note)
+    if evaluation.wanted and not command.quantizes and evaluate.is_quantized(recipe):
+        return evaluate.evaluate_model(recipe, evaluation, screen, quiet=quiet)
+    if command.dry_run:
+        return foretold(recipe, probe=not command.no_probe, json=command.log_json, foretell=foretell)
+    prepared = evaluate.prepare(evaluation, reference=True) if evaluation.wanted else None
+    runs = (quantize or _engine())(recipe.model, recipe, on_progress=None if quiet else screen.update)
+    folders = [folder for run in runs for folder in _finish(run, screen, quiet=quiet)]
+    if prepared is None:
+        return "\n".join(map(str, folders))
+    return evaluate.evaluate_run(folders, prepared, recipe, screen, quiet=quiet)
 
 
 def _engine() -> Quantize:

@@ -9,6 +9,9 @@ from torch import Tensor
 from autoround.errors import ModelError
 from autoround.func.types import Params, TuneState
 
+# How many losses there is room for at first.
+LOSSES = 256
+
 W = TypeVar("W")
 B = TypeVar("B")
 
@@ -52,13 +55,17 @@ def tune_block(
     >>> result.params, result.losses_K.tolist()
     ({'up': 1}, [3.0, 2.0, 1.0])
     """
-    losses = []
-    for index, batch in enumerate(batches, start=1):
+    losses_K = torch.zeros(0)
+    done = 0
+    for done, batch in enumerate(batches, start=1):
         state, loss = step(weights, state, batch)
-        losses.append(loss)
+        if done > len(losses_K):
+            losses_K = torch.cat([losses_K.to(loss), loss.new_zeros(max(done, LOSSES))])
+        # copied: a step's own one, kept between its large tensors, would hold a megabyte of a CPU's heap open
+        losses_K[done - 1] = loss
         if on_step is not None:
-            on_step(index, loss)
-    losses_K = torch.stack(losses) if losses else torch.zeros(0)
+            on_step(done, losses_K[done - 1])
+    losses_K = losses_K[:done]
     if not bool(torch.isfinite(losses_K).all()):
         first = int((~torch.isfinite(losses_K)).nonzero()[0])
         raise ModelError(

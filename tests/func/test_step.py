@@ -1,5 +1,6 @@
 """Lifting, stepping and tuning: eager against compiled, one compilation for equal blocks, RTN as zero steps."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -179,6 +180,21 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(block: Block) -> None:
     state = F.init_state(F.init_params(weights.tuned), optimizer)
     with pytest.raises(ModelError, match="at step 0"):
         F.tune_block(step, weights, state, [make_batch(block)])
+
+
+def test_no_loss_of_a_step_is_kept() -> None:
+    """Small tensors that stay between a step's large ones would break up the heap of a CPU."""
+    returned: list[weakref.ref[Tensor]] = []
+
+    def step(weights: None, state: F.TuneState, batch: int) -> tuple[F.TuneState, Tensor]:
+        loss = torch.tensor(float(batch))
+        returned.append(weakref.ref(loss))
+        return state, loss
+
+    state = F.TuneState({}, (), {}, torch.tensor(torch.inf), torch.tensor(0))
+    result = F.tune_block(step, None, state, range(300))
+    assert result.losses_K.tolist() == [float(batch) for batch in range(300)]
+    assert [loss() for loss in returned[:-1]] == [None] * 299
 
 
 def test_a_path_without_weight_is_named(block: Block) -> None:
