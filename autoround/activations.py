@@ -16,8 +16,6 @@ from autoround.model.load import OpenModel
 from autoround.recipe import Recipe
 from autoround.slots import Slots
 
-# Copies of all rows that live at the end of a block: what flowed in and what flows out, float and quantized.
-FLOWS = 4
 # Share of the free memory that rows may take: the rest is for the block that is tuned.
 SHARE = 0.5
 
@@ -59,6 +57,18 @@ class Inputs(NamedTuple):
     target_NTD: Tensor | None = None
 
 
+def in_place_of(stream: Stream) -> Empty:
+    """What lets rows that flow out of a block take the place of those that flow in, if they are alike."""
+
+    def place(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        rows = getattr(stream, name)
+        alike = (rows.shape, rows.dtype, rows.device) == (torch.Size(shape), dtype, device)
+        both = name == "float_NTD" and rows is stream.quantized_NTD  # as into the first block
+        return rows if alike and not both else in_memory(name, shape, dtype, device)
+
+    return place
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where rows lie.
@@ -96,32 +106,45 @@ class Place:
         host = torch.device("cpu")
         return Place(host, on_disk=self.home == host)
 
-    def moved(self, slots: Slots, index: int, stream: Stream, *, kept: bool) -> Stream:
-        """What flows into a block, brought here from elsewhere.
+    def moved(self, slots: Slots, stream: Stream) -> Stream:
+        """Float rows, which were not kept, brought here from elsewhere.
+
+        Raises:
+            JournalError: the disk is full.
+        """
+        if self.on_disk:
+            return self.first(slots, stream.float_NTD)
+        return Stream(*(rows.to(self.home) for rows in stream))
+
+    def empty(self, slots: Slots, index: int, over: Stream | None = None) -> Empty:
+        """What makes room for rows that flow out of a block.
 
         Args:
             slots: files for rows.
             index: of the block.
-            stream: what flows into it; float rows alone where it was not kept.
-            kept: whether it was kept after the block before.
-
-        Raises:
-            JournalError: what was kept of it is damaged, or the disk is full.
+            over: what flows into it, where memory for that is to be used again.
         """
         if not self.on_disk:
-            return Stream(*(rows.to(self.home) for rows in stream))
-        return self.again(slots, index) if index and kept else self.first(slots, stream.quantized_NTD)
-
-    def empty(self, slots: Slots, index: int) -> Empty:
-        """What makes room for rows that flow out of a block."""
-        if not self.on_disk:
-            return in_memory
+            return in_memory if over is None else in_place_of(over)
 
         def mapped(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
             del device  # the host's
             return slots.make(index, name, shape, dtype)
 
         return mapped
+
+
+def overwrites(recipe: Recipe) -> bool:
+    """Whether rows that flow out of a block take the place of those that flowed in, where these are in memory.
+
+    Blocks that are tuned apart need theirs afterwards, and so do experts that get all tokens, for targets of their own.
+    """
+    return recipe.parallel != "blocks" and recipe.starved_experts != "route_all"
+
+
+def copies(recipe: Recipe) -> int:
+    """How many times all rows are there at once: quantized ones, float ones for targets, and what becomes of both."""
+    return (2 if recipe.iters else 1) * (1 if overwrites(recipe) else 2)
 
 
 def choose_place(recipe: Recipe, model: OpenModel, dtype: torch.dtype, device: torch.device, free: int) -> Place:
@@ -141,4 +164,4 @@ def choose_place(recipe: Recipe, model: OpenModel, dtype: torch.dtype, device: t
     if recipe.activations == "disk":
         return Place(host, on_disk=True)
     rows = recipe.nsamples * recipe.seqlen * embedding(model.skeleton).in_features * dtype.itemsize
-    return Place(home, on_disk=home == host and FLOWS * rows > SHARE * free)
+    return Place(home, on_disk=home == host and copies(recipe) * rows > SHARE * free)

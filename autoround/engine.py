@@ -14,6 +14,7 @@ from autoround import config
 from autoround.activations import Place, choose_place
 from autoround.backends.base import Numerics, named, of_rank, select_all
 from autoround.backends.host import free_bytes
+from autoround.beside import beside
 from autoround.coverage import told
 from autoround.data.tokens import Calibration, load_calibration, needs_tokenizer
 from autoround.errors import UsageError
@@ -189,6 +190,8 @@ class Run:
         check_room(self.recipe, self.plan.blocks, self._rooms())
         torch.set_num_threads(self._numerics.threads)  # a model that writes rows repeats them with as many
         self._lock = hold(self.journal_folder) if self._first else None
+        if self._numerics.compiler:
+            beside(self._backend.prepare_compiler)
         needed = self._first and self.recipe.needs_data and self.plan.specs
         calibration = self.ranks.tell(self._calibration() if needed else None)
         if self._journal is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from autoround import func
-from autoround.activations import Inputs, Place, Stream
+from autoround.activations import Inputs, Place, Stream, overwrites
 from autoround.backends.base import Backend, Numerics
 from autoround.backends.host import trim_heap
 from autoround.coverage import token_stats, told
@@ -79,6 +79,7 @@ class BlockLoop:
             AutoRoundError: a block cannot be tuned or kept; names the layer or the file.
         """
         blocks, count = self.plan.blocks, len(self.plan.parts)
+        self._calibration = calibration
         self._capture(calibration, start)
         for turn in turns(start, len(blocks), self.ranks.size if self._apart else 1):
             for index, codes, stats in self._done(turn, self._tuned(turn)):
@@ -138,7 +139,8 @@ class BlockLoop:
         """What one of the blocks is tuned on, and, where they are tuned apart, what flows out of the last one."""
         found, stream = None, self._stream
         for index in turn if stream is not None else ():
-            empty = self.place.empty(self.journal.activations, index)
+            over = stream if overwrites(self.recipe) else None
+            empty = self.place.empty(self.journal.activations, index, over)
             inputs = Inputs(self._templates[index], stream, self._valid_NT, empty)
             if self._apart:
                 y_NTD = self._passed(index, inputs)
@@ -212,7 +214,8 @@ class BlockLoop:
         elif self._stream is not None and (place := self.place.roomier()):
             change = f"activations {place}, not {self.place}"
             self.place = place
-            self._stream = place.moved(self.journal.activations, index, self._stream, kept=not self._apart)
+            if self._apart:
+                self._stream = place.moved(self.journal.activations, self._stream)
         else:
             raise ModelError(
                 f"{path}: memory ran out ({cause}) with as little of it in use as settings allow; needed more; use a "
@@ -221,6 +224,8 @@ class BlockLoop:
         LOGGER.warning("%s: memory ran out (%s); begins again with %s", path, cause, change)
         self._tuner = self._make_tuner()
         self.backend.release_memory()
+        if not self._apart:  # the attempt wrote over what flows in
+            self._capture(self._calibration, index)
 
     def _outside(self, calibration: Calibration | None) -> dict[str, func.Codes]:
         """Codes of the layers outside the blocks; only the head's inputs are known."""

@@ -22,6 +22,9 @@ from torch import Tensor
 from autoround.errors import JournalError
 from autoround.sealed import SEAL, replacing, reported, seal_of
 
+# Blocks whose rows are kept: the last finished one's, and those of the one that is tuned or that was before it.
+SLOTS = 2
+
 
 class Slots:
     """The folder of activations of a journal; it is made when something is written."""
@@ -47,7 +50,7 @@ class Slots:
             self._folder.mkdir(exist_ok=True)
             if not any(made == index for made, _ in self._made):
                 self._made.clear()  # who needs others still has them
-                for old in self._folder.glob(f"{index % 2}.*"):
+                for old in self._folder.glob(f"{index % SLOTS}.*"):
                     old.unlink()
             if items:
                 try:
@@ -110,10 +113,10 @@ class Slots:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _notes(self, index: int) -> Path:
-        return self._folder / f"{index % 2}.json"
+        return self._folder / f"{index % SLOTS}.json"
 
     def _file(self, index: int, name: str) -> Path:
-        return self._folder / f"{index % 2}.{name}"
+        return self._folder / f"{index % SLOTS}.{name}"
 
 
 def _allocate(file: Path, size: int) -> None:

@@ -135,7 +135,7 @@ TOOLS: dict[str, Tool] = {
     OURS: Tool(
         version="autoround",
         # fewer steps than any recipe of auto-round takes, at the rate that they want
-        recipes=_twins(_ours) | {"25-steps": _ours("auto-round", "--iters", "25")},
+        recipes=_twins(_ours) | {f"{steps}-steps": _ours("auto-round", "--iters", str(steps)) for steps in (20, 25)},
     ),
     THEIRS: Tool(
         version="auto-round 0.16.1",

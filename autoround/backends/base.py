@@ -71,6 +71,10 @@ class Backend(Protocol):
         """Whether compiling pays for a run of so many tokens x steps, all blocks together."""
         ...
 
+    def prepare_compiler(self) -> None:
+        """Do what the compiler does before the first compilation and what can be done beside other work."""
+        ...
+
     def memory_bytes(self) -> int:
         """Memory this process holds on its devices, in bytes."""
         ...
@@ -97,6 +101,9 @@ class Accelerator:
     def compile_helps(self, token_steps: int) -> bool:
         """Only for runs that outlast the compilation."""
         return token_steps >= ACCELERATOR_TOKEN_STEPS
+
+    def prepare_compiler(self) -> None:
+        """There is nothing that takes long."""
 
 
 # Accelerators come in the order in which ``auto`` and plain numbers look for them.

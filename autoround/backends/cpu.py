@@ -38,6 +38,12 @@ class CpuBackend:
         """Only for runs that outlast the compilation, and only with a C++ compiler at hand."""
         return token_steps >= COMPILE_TOKEN_STEPS and any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 
+    def prepare_compiler(self) -> None:
+        """Find out what vectors the processor has: with an empty cache, inductor builds programs for it, for 8 s."""
+        from torch._inductor import cpu_vec_isa
+
+        cpu_vec_isa.valid_vec_isa_list()  # whose answer the compiler keeps
+
     def memory_bytes(self) -> int:
         """Resident memory of this process."""
         return int(psutil.Process().memory_info().rss)

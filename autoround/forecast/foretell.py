@@ -92,7 +92,7 @@ def _target(recipe: Recipe) -> Target:
 def _disk(bare: BlankRun, memory: Memory, written: int) -> int:
     """The journal's codes, with two slots of activations while blocks are tuned or all files afterwards."""
     codes = sum(len(block.paths) * block.codes for block in memory.blocks) + memory.outside_codes
-    return codes + max(memory.activations, written)
+    return codes + max(memory.slots, written)
 
 
 def _shortages(bare: BlankRun, memory: Memory, disk: int, free: Room) -> Iterator[Shortage]:

@@ -5,7 +5,6 @@ Legend: N samples, T tokens, D hidden size.
 
 import dataclasses
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 from autoround import func
-from autoround.activations import FLOWS, Inputs, Stream
+from autoround.activations import Inputs, Stream, copies, in_memory, in_place_of, overwrites
 from autoround.backends.base import Numerics
 from autoround.forecast.blank import BlankRun, mapped
 from autoround.forecast.count import ByteCount, without_data
@@ -25,6 +24,7 @@ from autoround.func.compensate import compensate
 from autoround.model.finish import read_weight
 from autoround.model.read import read_block
 from autoround.recipe import Recipe
+from autoround.slots import SLOTS
 from autoround.tuner import BlockTuner
 
 # Resident memory for each byte of tensors in glibc's heap at the worst moment: what is freed between others stays.
@@ -55,7 +55,7 @@ def memory_of(blank: BlankRun, process: int) -> Memory:
     """
     run = blank.run
     blocks = tuple(_block_needs(blank))
-    activations = FLOWS * _rows(blank).nbytes if blank.templates else 0
+    rows = _rows(blank).nbytes if blank.templates else 0
     on_device = run.device.type != "cpu"
     others, outside_codes = _others(blank)
     host = process + (DATA_BYTES if blank.templates else 0)
@@ -66,8 +66,9 @@ def memory_of(blank: BlankRun, process: int) -> Memory:
     if on_device:  # the next block, which is read ahead
         host += max((_stored(blank, index) for index in range(1, len(run.plan.blocks))), default=0)
     device = DEVICE_CONTEXT + round(DEVICE_KEPT * max((need.device for need in blocks), default=0))
-    return Memory(process=process, activations=activations, blocks=blocks, others=others, outside_codes=outside_codes,
-                  host=host, device=device if on_device else 0)  # fmt: skip
+    return Memory(process=process, activations=copies(run.recipe) * rows, slots=SLOTS * len(Stream._fields) * rows,
+                  blocks=blocks, others=others, outside_codes=outside_codes, host=host,
+                  device=device if on_device else 0)  # fmt: skip
 
 
 def code_bytes(codes: Mapping[str, Codes]) -> int:
@@ -101,32 +102,23 @@ def _block_needs(blank: BlankRun) -> Iterator[BlockNeed]:
 def _tuned(blank: BlankRun, index: int) -> tuple[int, int, int]:
     """Tune a block without data: bytes at the worst moment on the host and on the device, and those of its codes.
 
-    A few batches of rows show every kind of tensor; the other rows are added as often as they lie in memory: three
-    times up to the last step, and once more when the quantized block's outputs are there; on the disk, none of them do.
+    A few batches of rows show every kind of tensor; the other rows are added as often as they lie in memory; on the
+    disk, none of them do.
     """
     run, block, home = blank.run, blank.run.plan.blocks[index], _home(blank)
     some = dataclasses.replace(run.recipe, nsamples=min(run.recipe.nsamples, 2 * _step_rows(run.recipe)))
     row = math.prod(blank.hidden) * run.numerics.torch_dtype.itemsize if blank.templates else 0
-    peaks: dict[str, int] = defaultdict(int)
-
-    def mark(copies: int) -> None:
-        for kind, size in count.peak.items():
-            peaks[kind] = max(peaks[kind], size + (copies * missing if kind == home.type else 0))
-        count.peak.clear()
-
     with without_data(), ByteCount(CPU_KEPT) as count:
         there, all_rows = (count.resident(each.nsamples * row, home.type) for each in (some, run.recipe))
         missing = -there if run.place.on_disk else all_rows - there
         stored = read_block(blank.model, block.path)
         tensors = {name: _empty(tensor, run.device) for name, tensor in stored.items()}
-        aims = run.recipe.starved_experts == "route_all"  # then steps have targets of their own
-        tuner = Countable(*_means(blank), on_step=lambda done, loss: mark(FLOWS - 1 + aims))
+        tuner = Countable(*_means(blank), on_step=lambda done, loss: None)
         tuned = tuner.tune(index, blank.block_fn(index), tensors, block.specs, _inputs(blank, index, some.nsamples))
-        mark(FLOWS)
         codes = code_bytes(tuned.codes)
         del tuned
-    on_device = 0 if run.device.type == "cpu" else peaks[run.device.type]
-    return peaks["cpu"], on_device, codes
+    count.peak[home.type] += copies(run.recipe) * missing
+    return count.peak["cpu"], 0 if run.device.type == "cpu" else count.peak[run.device.type], codes
 
 
 def _step_rows(recipe: Recipe) -> int:
@@ -143,10 +135,11 @@ def _inputs(blank: BlankRun, index: int, rows: int) -> Inputs | None:
     if not blank.templates:
         return None
     home, dtype = _home(blank), blank.run.numerics.torch_dtype
-    stream = Stream(*(torch.empty(rows, *blank.hidden, dtype=dtype, device=home) for _ in Stream._fields))
+    counts = (rows if blank.run.recipe.iters else 0, rows)  # as the stream has them
+    stream = Stream(*(torch.empty(count, *blank.hidden, dtype=dtype, device=home) for count in counts))
     valid_NT = torch.empty(rows, blank.run.recipe.seqlen, dtype=torch.bool, device=home)
     template = mapped(blank.templates[index], lambda tensor: _empty(tensor, home))
-    return Inputs(template, stream, valid_NT)
+    return Inputs(template, stream, valid_NT, in_place_of(stream) if overwrites(blank.run.recipe) else in_memory)
 
 
 class Countable(BlockTuner):

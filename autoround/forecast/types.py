@@ -30,6 +30,7 @@ class Memory:
     Attributes:
         process: interpreter, libraries and modules, as measured in this process.
         activations: rows that flow from block to block, all copies that live at once.
+        slots: bytes of those that the journal keeps.
         blocks: by kind of block.
         others: at the worst moment outside the blocks: embeddings, the output head, the longest tensor of a file.
         outside_codes: bytes of codes of layers outside the blocks in the journal.
@@ -38,6 +39,7 @@ class Memory:
 
     process: int
     activations: int
+    slots: int
     blocks: tuple[BlockNeed, ...]
     others: int
     outside_codes: int

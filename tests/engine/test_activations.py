@@ -12,6 +12,7 @@ from autoround.engine import Run, quantize
 from autoround.errors import JournalError
 from autoround.progress import Progress
 from autoround.slots import Slots
+from autoround.tuner import BlockTuner, Tuned
 from tests.engine.small import hashes, make, recipe, stopped
 
 
@@ -51,6 +52,23 @@ def test_rows_on_the_disk_are_those_of_the_files(monkeypatch: pytest.MonkeyPatch
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("settings", [{}, {"iters": 0, "clip_search": True}])
+def test_rows_in_memory_take_the_place_of_those_that_flowed_in(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tune, places = BlockTuner.tune, []
+
+    def watched(tuner: BlockTuner, *args: Any) -> Tuned:
+        tuned = tune(tuner, *args)
+        places.append([rows.data_ptr() for rows in tuned.stream or ()])
+        return tuned
+
+    monkeypatch.setattr(BlockTuner, "tune", watched)
+    exported(tmp_path, activations="ram", **settings)
+    assert places[0] == places[1] == places[2]
+    assert len(set(places[0])) == 2  # without steps, those of float blocks lie nowhere
+
+
 @pytest.mark.parametrize(("first", "then"), [("ram", "disk"), ("disk", "ram"), ("disk", "disk")])
 @pytest.mark.parametrize("after", [1, 2])
 def test_a_run_goes_on_with_them_elsewhere(first: str, then: str, after: int, tmp_path: Path) -> None:
@@ -61,7 +79,7 @@ def test_a_run_goes_on_with_them_elsewhere(first: str, then: str, after: int, tm
 
 
 def test_auto_goes_by_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    rows = 4 * 16 * 16 * 64  # copies, rows, tokens, hidden size
+    rows = 2 * 16 * 16 * 64  # copies, rows, tokens, hidden size
     for share, expected in ((1.9, True), (2.1, False)):
         monkeypatch.setattr(engine, "free_bytes", lambda: {"here": 10**9, "there": 0})
         size = quantize(make(), recipe(tmp_path)).numerics.torch_dtype.itemsize
