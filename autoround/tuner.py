@@ -14,7 +14,7 @@ from torch import Tensor
 from autoround import func
 from autoround.activations import Inputs, Stream
 from autoround.backends.base import Numerics, jit
-from autoround.backends.host import release_heap
+from autoround.backends.host import release_heap, trim_heap
 from autoround.beside import beside
 from autoround.coverage import STARVED_TOKENS
 from autoround.errors import AutoRoundError
@@ -128,6 +128,7 @@ class BlockTuner:
         del float_tensors, tuned
         result = self._take_steps(trained_fn, fusion, weights, start, partial(self._batches, index, inputs, aim_NTD))
         del aim_NTD
+        trim_heap()  # of what steps freed, before passes take more
         found = restored(fusion.split(result.params), start, _starved(observed.tokens))
         codes = _quantize(fusion.split(weights.tuned), found, specs)
         if inputs.target_NTD is not None:

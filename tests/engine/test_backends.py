@@ -5,14 +5,16 @@ import re
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from threading import Event
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._inductor import cpu_vec_isa
 
 from autoround.backends.base import BACKENDS, Numerics, jit, load, named, select, select_all
-from autoround.backends.cpu import COMPILE_TOKEN_STEPS, CPU, EXPLICIT_ATTENTION_TOKENS
+from autoround.backends.cpu import COMPILE_TOKEN_STEPS, CPU, EXPLICIT_ATTENTION_TOKENS, CpuBackend
 from autoround.backends.gpu import CUDA, XPU
 from autoround.backends.hpu import HPU
 from autoround.engine import Run, quantize
@@ -203,6 +205,28 @@ def test_freed_memory_goes_back_to_the_system() -> None:
 def test_without_a_compiler_nothing_is_compiled_unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not CPU.compile_helps(10 * COMPILE_TOKEN_STEPS)
+
+
+def test_a_cpu_tells_the_compiler_ahead_what_it_can_do() -> None:
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    CPU.prepare_compiler()
+    assert cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 1
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_compiler_is_prepared_while_text_is_read(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    begun = Event()
+
+    def read(run: Run) -> None:
+        assert begun.wait(10 if compiled else 0) is compiled
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CpuBackend, "prepare_compiler", lambda backend: begun.set())
+    monkeypatch.setattr(Run, "_calibration", read)
+    with pytest.raises(KeyboardInterrupt):
+        next(iter(quantize(make(), recipe(tmp_path, torch_compile=compiled))))
 
 
 def test_a_function_is_compiled_on_demand_only() -> None:
