@@ -134,8 +134,10 @@ OURS, THEIRS = "autoround", "auto-round"
 TOOLS: dict[str, Tool] = {
     OURS: Tool(
         version="autoround",
-        # fewer steps than any recipe of auto-round takes, at the rate that they want
-        recipes=_twins(_ours) | {f"{steps}-steps": _ours("auto-round", "--iters", str(steps)) for steps in (20, 25)},
+        recipes=_twins(_ours)
+        # fewer steps than any recipe of auto-round takes, and as many as its default on a quarter of the tokens
+        | {f"{steps}-steps": _ours("auto-round", "--iters", str(steps)) for steps in (20, 25)}
+        | {"small-steps": _ours("auto-round", "--iters", "200", "--batch_size", "2")},
     ),
     THEIRS: Tool(
         version="auto-round 0.16.1",
