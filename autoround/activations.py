@@ -57,8 +57,23 @@ class Inputs(NamedTuple):
     target_NTD: Tensor | None = None
 
 
-def in_place_of(stream: Stream) -> Empty:
-    """What lets rows that flow out of a block take the place of those that flow in, if they are alike."""
+def overwrites(recipe: Recipe) -> bool:
+    """Whether rows that flow out of a block take the place of those that flowed in, where these are in memory.
+
+    Blocks that are tuned apart need theirs afterwards, and so do experts that get all tokens, for targets of their own.
+    """
+    return recipe.parallel != "blocks" and recipe.starved_experts != "route_all"
+
+
+def copies(recipe: Recipe) -> int:
+    """How many times all rows are there at once: quantized ones, float ones for targets, and what becomes of both."""
+    return (2 if recipe.iters else 1) * (1 if overwrites(recipe) else 2)
+
+
+def memory_for(recipe: Recipe, stream: Stream) -> Empty:
+    """What makes room in memory for rows that flow out of a block: the place of alike ones that flow in, if it may."""
+    if not overwrites(recipe):
+        return in_memory
 
     def place(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         rows = getattr(stream, name)
@@ -116,35 +131,22 @@ class Place:
             return self.first(slots, stream.float_NTD)
         return Stream(*(rows.to(self.home) for rows in stream))
 
-    def empty(self, slots: Slots, index: int, over: Stream | None = None) -> Empty:
+    def empty(self, slots: Slots, index: int, memory: Empty = in_memory) -> Empty:
         """What makes room for rows that flow out of a block.
 
         Args:
             slots: files for rows.
             index: of the block.
-            over: what flows into it, where memory for that is to be used again.
+            memory: what makes it where rows are in memory.
         """
         if not self.on_disk:
-            return in_memory if over is None else in_place_of(over)
+            return memory
 
         def mapped(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
             del device  # the host's
             return slots.make(index, name, shape, dtype)
 
         return mapped
-
-
-def overwrites(recipe: Recipe) -> bool:
-    """Whether rows that flow out of a block take the place of those that flowed in, where these are in memory.
-
-    Blocks that are tuned apart need theirs afterwards, and so do experts that get all tokens, for targets of their own.
-    """
-    return recipe.parallel != "blocks" and recipe.starved_experts != "route_all"
-
-
-def copies(recipe: Recipe) -> int:
-    """How many times all rows are there at once: quantized ones, float ones for targets, and what becomes of both."""
-    return (2 if recipe.iters else 1) * (1 if overwrites(recipe) else 2)
 
 
 def choose_place(recipe: Recipe, model: OpenModel, dtype: torch.dtype, device: torch.device, free: int) -> Place:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from autoround import func
-from autoround.activations import Inputs, Place, Stream, overwrites
+from autoround.activations import Inputs, Place, Stream, memory_for
 from autoround.backends.base import Backend, Numerics
 from autoround.backends.host import trim_heap
 from autoround.coverage import token_stats, told
@@ -139,8 +139,7 @@ class BlockLoop:
         """What one of the blocks is tuned on, and, where they are tuned apart, what flows out of the last one."""
         found, stream = None, self._stream
         for index in turn if stream is not None else ():
-            over = stream if overwrites(self.recipe) else None
-            empty = self.place.empty(self.journal.activations, index, over)
+            empty = self.place.empty(self.journal.activations, index, memory_for(self.recipe, stream))
             inputs = Inputs(self._templates[index], stream, self._valid_NT, empty)
             if self._apart:
                 y_NTD = self._passed(index, inputs)
@@ -224,8 +223,12 @@ class BlockLoop:
         LOGGER.warning("%s: memory ran out (%s); begins again with %s", path, cause, change)
         self._tuner = self._make_tuner()
         self.backend.release_memory()
-        if not self._apart:  # the attempt wrote over what flows in
-            self._capture(self._calibration, index)
+        if not self._apart:  # the attempt may have written over what flows in
+            self._stream = None
+            if index:
+                self._stream = self._kept(index)
+            else:
+                self._capture(self._calibration, index)
 
     def _outside(self, calibration: Calibration | None) -> dict[str, func.Codes]:
         """Codes of the layers outside the blocks; only the head's inputs are known."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 from autoround import func
-from autoround.activations import Inputs, Stream, copies, in_memory, in_place_of, overwrites
+from autoround.activations import Inputs, Stream, copies, memory_for
 from autoround.backends.base import Numerics
 from autoround.forecast.blank import BlankRun, mapped
 from autoround.forecast.count import ByteCount, without_data
@@ -139,7 +139,7 @@ def _inputs(blank: BlankRun, index: int, rows: int) -> Inputs | None:
     stream = Stream(*(torch.empty(count, *blank.hidden, dtype=dtype, device=home) for count in counts))
     valid_NT = torch.empty(rows, blank.run.recipe.seqlen, dtype=torch.bool, device=home)
     template = mapped(blank.templates[index], lambda tensor: _empty(tensor, home))
-    return Inputs(template, stream, valid_NT, in_place_of(stream) if overwrites(blank.run.recipe) else in_memory)
+    return Inputs(template, stream, valid_NT, memory_for(blank.run.recipe, stream))
 
 
 class Countable(BlockTuner):
