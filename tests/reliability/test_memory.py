@@ -9,11 +9,11 @@ from tests.reliability.conftest import Driver, left
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 
-NSAMPLES, SEQLEN, HIDDEN = 2048, 64, 64
+NSAMPLES, SEQLEN, HIDDEN = 4096, 64, 64
 
 
 def test_rows_on_the_disk_are_no_memory_of_the_process(driver: Driver, tmp_path: Path) -> None:
-    """Three copies of the rows, at two or four bytes a number, are files; half of that is more than peaks vary by."""
+    """Two copies of the rows, of two or four bytes a number, are files; one of them is more than peaks vary by."""
     vocabulary = 90
     rows = [
         [3 + (7 * row + 5 * token + row * token) % vocabulary for token in range(SEQLEN)] for row in range(NSAMPLES)
@@ -25,5 +25,5 @@ def test_rows_on_the_disk_are_no_memory_of_the_process(driver: Driver, tmp_path:
         assert told["status"] == 0, told
         peaks[place] = told["anonymous"]
     print(f"most anonymous memory: {peaks['ram'] / 1e6:.0f} MB in memory, {peaks['disk'] / 1e6:.0f} MB on the disk")
-    assert peaks["ram"] - peaks["disk"] > 1.5 * NSAMPLES * SEQLEN * HIDDEN * 2
+    assert peaks["ram"] - peaks["disk"] > NSAMPLES * SEQLEN * HIDDEN * 2
     assert left(tmp_path / "ram") == left(tmp_path / "disk")
