@@ -18,8 +18,9 @@ from benchmarks import models, peers
 from benchmarks.cost import Cost, measure
 from benchmarks.peers import OURS, THEIRS, TOOLS, Job
 
-GROUP_SIZE, SEEDS = 64, (0, 1, 2)
-WHOLE_DATA, HALF_DATA = (128, 256), (64, 256)
+GROUP_SIZE, SEEDS, DATA = 64, (0, 1, 2), (128, 256)
+# Models with bits, and recipes that would take hours.
+RUNS = (("small-llama", (4, 2, 3), ()), ("smollm2-dithered", (4, 2), ("best", "default+alg_ext", "light+alg_ext")))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,19 +149,16 @@ Cell = Run | Slope | Step
 
 def runs() -> list[Run]:
     """Whole runs; tools take turns within a seed, so that a slow hour of the machine hits all."""
-    found: list[Run] = []
-    for model in ("small-llama", "smollm2-dithered"):
-        for bits in (4, 2, 3):
-            for seed in SEEDS:
-                for data in (WHOLE_DATA, HALF_DATA):
-                    for tool, own in TOOLS.items():
-                        if bits in own.bits:
-                            found += [
-                                Run(model=model, bits=bits, data=data, tool=tool, recipe=recipe, seed=seed)
-                                for recipe in own.recipes
-                                if data == WHOLE_DATA or recipe in ("default", "light")
-                            ]
-    return sorted(found, key=lambda cell: cell.recipe == "best")
+    return [
+        Run(model=model, bits=bits, data=DATA, tool=name, recipe=recipe, seed=seed)
+        for seed in SEEDS
+        for model, widths, left_out in RUNS
+        for bits in widths
+        for name, tool in TOOLS.items()
+        if bits in tool.bits
+        for recipe in tool.recipes
+        if recipe not in left_out
+    ]
 
 
 def slopes() -> list[Slope]:

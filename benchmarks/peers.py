@@ -135,8 +135,8 @@ TOOLS: dict[str, Tool] = {
     OURS: Tool(
         version="autoround",
         recipes=_twins(_ours)
-        # fewer steps than any recipe of auto-round takes, and as many as its default on a quarter of the tokens
-        | {f"{steps}-steps": _ours("auto-round", "--iters", str(steps)) for steps in (20, 25)}
+        # other steps than any recipe of auto-round takes, and as many as its default on a quarter of the tokens
+        | {f"{steps}-steps": _ours("auto-round", "--iters", str(steps)) for steps in (20, 25, 100)}
         | {"small-steps": _ours("auto-round", "--iters", "200", "--batch_size", "2")},
     ),
     THEIRS: Tool(

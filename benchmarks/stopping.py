@@ -32,7 +32,7 @@ from autoround.recipe import Recipe
 from autoround.schedule import batch_rows, make_optimizer
 from autoround.tuner import cast
 from benchmarks import machine
-from benchmarks.cells import WHOLE_DATA, Place
+from benchmarks.cells import DATA, Place
 from benchmarks.sweep import GROUP_SIZE, read_texts
 
 STEPS, LOOKS, BATCH = (25, 50, 100, 200), 10, 8
@@ -120,14 +120,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 2])
     parser.add_argument("--blocks", nargs="+", type=int, default=[0, 7, 15, 22, 29])
-    parser.add_argument("--rows", type=int, default=WHOLE_DATA[0], help="of calibration, held-out ones among them")
+    parser.add_argument("--rows", type=int, default=DATA[0], help="of calibration, held-out ones among them")
     parser.add_argument("--held", type=int, default=32, help="rows that are never trained on")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "autoround-bench")
     options = parser.parse_args()
     print(machine.describe(), flush=True)
     source, texts = read_texts(Place(folder=options.folder), 0, tokens=4000)
     dtype = CPU.compute_dtype()
-    model = open_model(source, attn_implementation=CPU.attention(WHOLE_DATA[1]))
+    model = open_model(source, attn_implementation=CPU.attention(DATA[1]))
     tokens_NT = torch.tensor(texts.calibration[: options.rows])
     blocks = float_blocks(model, tokens_NT, options.blocks, dtype)
     print("held-out loss at tenths of the schedule, 1 is before the first step")

@@ -27,7 +27,7 @@ from autoround.engine import quantize
 from autoround.journal import Journal
 from autoround.recipe import Recipe
 from benchmarks import domains, machine, quality
-from benchmarks.cells import WHOLE_DATA, Place
+from benchmarks.cells import DATA, Place
 
 MODEL, GROUP_SIZE = "smollm2-dithered", 64
 
@@ -103,7 +103,7 @@ class Texts:
 
 def read_texts(place: Place, seed: int, *, tokens: int) -> tuple[Path, Texts]:
     """The model's folder and its texts, made where they are not there yet."""
-    job = place.job(MODEL, place.folder, bits=4, data=WHOLE_DATA, seed=seed, iters=None)
+    job = place.job(MODEL, place.folder, bits=4, data=DATA, seed=seed, iters=None)
     file = place.folder / "calibration" / f"{MODEL}-documents-{tokens}.json"
     if not file.exists():
         tokenizer, share = AutoTokenizer.from_pretrained(job.source), -(-tokens // len(domains.DOMAINS))
@@ -124,7 +124,7 @@ def try_variant(
     """Quantize by a variant and put the result into the candidate; losses of blocks' last steps, seconds a block."""
     with tempfile.TemporaryDirectory() as folder:
         own: dict[str, Any] = {
-            "bits": variant.bits, "group_size": GROUP_SIZE, "nsamples": options.rows, "seqlen": WHOLE_DATA[1],
+            "bits": variant.bits, "group_size": GROUP_SIZE, "nsamples": options.rows, "seqlen": DATA[1],
             "dataset": texts.calibration[: options.rows], "seed": variant.seed, "output_dir": f"{folder}/out",
             "device_map": options.device, "torch_compile": options.device == "cpu"}  # fmt: skip
         run = quantize(source, Recipe.preset(variant.preset, **own | dict(variant.settings)))
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of calibration rows and batches")
     parser.add_argument("--blocks", type=int, default=30, help="the first ones; the others stay as they are")
-    parser.add_argument("--rows", type=int, default=WHOLE_DATA[0], help="of calibration")
+    parser.add_argument("--rows", type=int, default=DATA[0], help="of calibration")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=600, help="after which no further variant is begun")
