@@ -20,14 +20,19 @@ NEEDED = {name: ENVIRONMENTS[name] for name in ("torch", "auto-round", "gptqmode
 }
 
 
+def parse(words: list[str] | None = None) -> list[str]:
+    """Names from the command line, or from words."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[*NEEDED, []])  # of no names, it compares the empty list
+    return parser.parse_args(words).names or list(NEEDED)
+
+
 def main() -> None:
     """Make the environments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(NEEDED), choices=[*NEEDED, []])
-    options = parser.parse_args()
+    names = parse()
     constraints = Path(__file__).parents[1] / "constraints.txt"
     os.environ.setdefault("PIP_CONSTRAINT", str(constraints))
-    for name in options.names:
+    for name in names:
         print(f"{name}: {client_python(name).parents[1]} (or ${VARIABLE})", flush=True)
         make(client_python(name).parents[1], NEEDED[name])
 

@@ -109,15 +109,17 @@ def tune(way: Way, options: argparse.Namespace) -> dict[str, float]:
     return {"held": held[0], "seconds": times[1] - times[0]}
 
 
-def parse() -> argparse.Namespace:
-    """Options of the command line."""
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """Options from the command line, or from words."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ways", nargs="*", default=list(WAYS), choices=[*WAYS, []])
+    parser.add_argument("ways", nargs="*", choices=[*WAYS, []], help="all of them by default")
     parser.add_argument("--iters", type=int, default=200)
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "autoround-bench")
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args(words)
+    options.ways = options.ways or list(WAYS)
+    return options
 
 
 def compare(options: argparse.Namespace) -> None:

@@ -150,14 +150,21 @@ def beside(job: Job) -> None:
 PARTS = ("limit", "growth", "beside")
 
 
-def main() -> None:
-    """Measure and print."""
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """Options from the command line, or from words."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=list(PARTS), choices=[*PARTS, []], metavar="PART")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help="all of them by default")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--blocks", type=int, default=30)
     parser.add_argument("--spare", type=float, default=1.5, help="GB beyond the interpreter")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
+    options.parts = options.parts or list(PARTS)
+    return options
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parse()
     print(f"{machine.describe()}; {ROWS} rows of {SEQLEN} tokens, {ITERS} steps, one thread", flush=True)
     if "growth" in options.parts:
         growth()

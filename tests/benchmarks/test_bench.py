@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from autoround.errors import DataError
-from benchmarks import bench, cells, page, peers, quality
+from benchmarks import bench, cells, environments, heap, limited, page, peers, quality
 from benchmarks.cells import Place, Run
 from benchmarks.cost import Failed, measure
 from benchmarks.peers import Job, Tool
@@ -34,6 +34,13 @@ def test_names_are_unique_and_patterns_select() -> None:
     assert {cell.name.split("/")[2] for cell in own} == {"w2g64", "w3g64", "w4g64"}
     with pytest.raises(SystemExit, match="found no such cell"):
         bench.select(["run/nothing"], found)
+
+
+def test_commands_do_all_that_they_can_where_nothing_is_named() -> None:
+    assert environments.parse([]) == list(environments.NEEDED)
+    assert environments.parse(["gptqmodel"]) == ["gptqmodel"]
+    assert heap.parse([]).ways == list(heap.WAYS)
+    assert limited.parse([]).parts == list(limited.PARTS)
 
 
 def test_every_tool_gets_the_same_rows(float_folder: Path, tmp_path: Path) -> None:
