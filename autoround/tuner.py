@@ -34,6 +34,8 @@ MOMENT_ROWS = 32
 EXPERT_ROWS = 32
 # Weights of a single layer that are quantized at a time.
 LAYER_ELEMENTS = 2**23
+# Steps after which a host's heap is trimmed again: the pieces that steps free leave holes, which grow.
+TRIMMED_STEPS = 10
 
 
 class Tuned(NamedTuple):
@@ -251,7 +253,12 @@ class BlockTuner:
             step = func.accumulate(gradients, update, total=partial(summed, self._ranks))
             own = [copies[device] for device in places]
         # no name holds the first state, so that it goes with the first step
-        return func.tune_block(step, own, self._state(fusion.merge(start), fusion), rows, on_step=self._on_step)
+        return func.tune_block(step, own, self._state(fusion.merge(start), fusion), rows, on_step=self._stepped)
+
+    def _stepped(self, step: int, loss: Tensor) -> None:
+        if step % TRIMMED_STEPS == 0 and self._devices[0].type == "cpu":
+            trim_heap()
+        self._on_step(step, loss)
 
     def _key(self, block_fn: func.BlockFn, fusion: func.Fusion) -> tuple[Any, ...]:
         """Equal for blocks that share compiled functions."""
