@@ -162,6 +162,13 @@ def test_the_first_step_is_compiled_beside_the_other_passes(tmp_path: Path, monk
     assert equal_share(codes(run), codes(plain)) == 1
 
 
+def test_the_heap_is_trimmed_during_steps_and_after_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed: list[None] = []
+    monkeypatch.setattr("autoround.tuner.trim_heap", lambda: trimmed.append(None))
+    assert len(list(quantize(make(), recipe(tmp_path, iters=25)))) == 2
+    assert len(trimmed) == 2 * 3
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_blocks_whose_layers_are_all_kept_take_no_steps(
     compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
