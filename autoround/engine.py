@@ -23,7 +23,7 @@ from autoround.families import split
 from autoround.fate import plan_run
 from autoround.follower import Follower
 from autoround.formats.registry import rules
-from autoround.formats.writer import check_folder, parse_size
+from autoround.formats.writer import check_alone, check_folder, parse_size
 from autoround.identity import manifest_of, shared_facts
 from autoround.journal import MANIFEST, Journal, hold, open_journal, read_manifest
 from autoround.launch import launched
@@ -118,6 +118,8 @@ class Run:
         known = (self.journal_folder / MANIFEST).exists()
         continued = known and not (recipe.overwrite or recipe.restart)
         check_folder(self._output, overwrite=recipe.overwrite or known)
+        if len(recipe.format) == 1 and not recipe.overwrite:
+            check_alone(self._output)
         launch = launched(os.environ)
         self._backend, devices = select_all(recipe.device_map)
         by_module = named(recipe.device_map)
@@ -306,6 +308,7 @@ class Run:
         )
         folder, restart = self.journal_folder, self.recipe.overwrite or self.recipe.restart
         journal = open_journal(folder, manifest, restart=restart)
-        named = dataclasses.replace(self.recipe, model=(self._origin or {}).get("model", ""), restart=False)
+        named = dataclasses.replace(self.recipe, model=(self._origin or {}).get("model", ""))
+        named = dataclasses.replace(named, restart=False, overwrite=False)  # what is done is not to be done again
         config.write(named, folder / config.NAME)
         return journal

@@ -69,7 +69,7 @@ def write_formats(
     Raises:
         AutoRoundError: see ``write_checkpoint``.
     """
-    names = tuple(map(resolve_name, target.formats))
+    names = tuple(dict.fromkeys(map(resolve_name, target.formats)))
     several = len(names) > 1
     folders = tuple(target.folder / name.replace(":", "_") if several else target.folder for name in names)
     outputs = [_output(name, model, plan, codes, target) for name in names]
@@ -228,6 +228,8 @@ def _planned(manifest: dict[str, Any], model: OpenModel) -> Plan:
     """The plan that a journal's codes were made by."""
     specs = {path: spec_of(settings) for path, settings in manifest["plan"].items()}
     shape, tokens = describe(model.skeleton), embedding(model.skeleton)
+    if not specs:  # what is kept whole has no parts in the journal
+        shape = replace(shape, blocks=())
     if tokens.path in specs:
         shape = replace(shape, outside=(tokens, *shape.outside))
     return recorded(shape, spec_of(manifest["spec"]), specs)

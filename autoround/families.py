@@ -10,9 +10,11 @@ from autoround.recipe import Recipe
 
 # What a GGUF file type decides by itself, and what it is where nothing is said.
 _DECIDED: dict[str, Any] = {
+    "scheme": "W4A16",
     "bits": None,
     "group_size": None,
     "sym": None,
+    "scale_dtype": "float16",
     "layer_config": (),
     "ignore_layers": (),
     "quant_lm_head": False,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from autoround.backends.base import Backend, Numerics
+from autoround.errors import UsageError
 from autoround.log import LOGGER
 from autoround.plan import Plan
 from autoround.recipe import Recipe
@@ -34,12 +35,17 @@ def choose_numerics(
         devices: how many there are, or parts that processes can share; the micro-batches of a step are shared out
             evenly among them.
         recorded: names of choices that are made already -> their values, the attention among them.
+
+    Raises:
+        UsageError: compiling is asked for, or was recorded, where it cannot be done; or is asked for otherwise than
+            recorded.
     """
     rows = recipe.batch_size * recipe.gradient_accumulate_steps
     steps = recipe.iters * rows * recipe.seqlen
     compiled = recipe.torch_compile
     if compiled is None:
-        compiled = backend.compile_helps(steps * len(plan.blocks)) or _searched(recipe, plan) >= COMPILE_SEARCHED
+        helps = backend.compile_helps(steps * len(plan.blocks)) or _searched(recipe, plan) >= COMPILE_SEARCHED
+        compiled = helps and not backend.lacks()
     dtype = backend.compute_dtype()
     if any(layer.shape.experts for layer in plan.layers.values()) and dtype != torch.bfloat16:
         if recipe.torch_compile:
@@ -53,7 +59,20 @@ def choose_numerics(
         threads=torch.get_num_threads(),
         micro_batches=min(math.lcm(recipe.gradient_accumulate_steps, devices), rows, recipe.nsamples),
     )
-    return dataclasses.replace(chosen, **{**recorded, "device": chosen.device})
+    made = dataclasses.replace(chosen, **{**recorded, "device": chosen.device})
+    _check_compiler(made, chosen, recipe, backend)
+    return made
+
+
+def _check_compiler(made: Numerics, chosen: Numerics, recipe: Recipe, backend: Backend) -> None:
+    if recipe.torch_compile is not None and made.compiler != chosen.compiler:
+        was, now = ("not compiled", "on") if chosen.compiler else ("compiled", "off")
+        raise UsageError(
+            f"torch_compile: found it {now} for a run whose blocks so far are {was}; needed the same for all; leave it "
+            "out, or begin anew with --restart"
+        )
+    if made.compiler and (missing := backend.lacks()):
+        raise UsageError(f"torch_compile: found no compiler; needed {missing}; install it, or --disable_torch_compile")
 
 
 def divided(numerics: Numerics, recipe: Recipe) -> Numerics | None:

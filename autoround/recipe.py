@@ -74,7 +74,8 @@ class Recipe:
 
     iters: int = option(200, "tuning steps per block; 0 rounds to nearest", "tuning", "iter")
     lr: float | None = option(
-        None, "learning rate of the offsets; 1/iters when unset, and half of it at more than 2 bits", "tuning")
+        None, "learning rate of the offsets; when unset 1/iters, half of it at more than 2 bits, and twice as much "
+        "from 1000 steps on at 2 and 3", "tuning")
     minmax_lr: float | None = option(None, "learning rate of the clips; that of the offsets when unset", "tuning")
     momentum: float = option(0.0, "momentum of the sign gradient", "tuning")
     adam: bool = option(False, "AdamW in place of SignSGD", "tuning", "enable_adam")
@@ -118,6 +119,8 @@ class Recipe:
                 raise UsageError(f"{name}: found {getattr(self, name)}; needed at least {least}")
         if not 0 <= self.momentum < 1:
             raise UsageError(f"momentum: found {self.momentum}; needed at least 0 and less than 1")
+        if self.momentum and self.adam:
+            raise UsageError(f"momentum: found {self.momentum} with adam; needed one of them: AdamW has moments")
         for name in ("lr", "minmax_lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -4,7 +4,8 @@ Cells run one after the other on an idle machine, whole processes with cold comp
 JSON file in ``FOLDER/cells`` and is not run again: the same command goes on where it stopped; remove the folder of a
 cell to run it anew. Then all new checkpoints are judged, some of one model at a time, and the results are laid over
 those of ``benchmarks/results/bench.json``, from which the page is made. A tool that fails stays in the table with its
-error.
+error, and so does a checkpoint that cannot be judged. Scores on other text than the newest ones of their model are left
+out, since they do not compare.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from autoround.errors import AutoRoundError
 from benchmarks import cells, machine, models, page, quality
 from benchmarks.cells import Cell, Place
 from benchmarks.cost import Failed
@@ -27,6 +29,8 @@ from benchmarks.cost import Failed
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "bench.json", ROOT / "docs" / "benchmarks.md"
 RESULT, QUALITY = "result.json", "quality.json"
+# Predicted tokens of the judge over all domains; one checkpoint of SmolLM2, whose vocabulary is large, takes 40 s.
+TOKENS = {"small-llama": 52_000, "smollm2-dithered": 12_000}
 # Checkpoints that are in memory together while they are judged.
 TOGETHER = 8
 
@@ -72,12 +76,12 @@ def write(file: Path, found: dict[str, Any]) -> None:
     unfinished.replace(file)
 
 
-def judge_all(chosen: Sequence[Cell], place: Place, *, tokens: int) -> None:
-    """Judge the checkpoints of whole runs that are not yet judged; float32, in which packed layers are exact."""
+def judge_all(chosen: Sequence[Cell], place: Place, *, tokens: Mapping[str, int]) -> None:
+    """Judge whole runs that are not yet judged on so many tokens; in float32, in which packed layers are exact."""
     waiting: dict[str, list[tuple[Path, str]]] = {}
     for cell in chosen:
         folder = place.of(cell.name)
-        if isinstance(cell, cells.Run) and (folder / RESULT).exists() and not (folder / QUALITY).exists():
+        if isinstance(cell, cells.Run) and (folder / RESULT).exists() and not judged(folder, tokens[cell.model]):
             checkpoint = json.loads((folder / RESULT).read_text()).get("checkpoint")
             if checkpoint:
                 waiting.setdefault(cell.model, []).append((folder, checkpoint))
@@ -86,12 +90,30 @@ def judge_all(chosen: Sequence[Cell], place: Place, *, tokens: int) -> None:
         for start in range(0, len(own), TOGETHER):
             part = own[start : start + TOGETHER]
             print(f"judging {len(part)} of {model}, {start + len(part)} of {len(own)}", flush=True)
-            scores = quality.score_checkpoints(
-                reference, [path for _, path in part], tokens=tokens, names=quality.domains.DOMAINS, dtype=torch.float32
-            )
-            for folder, path in part:
-                sums = quality.as_json({quality.FLOAT: scores[quality.FLOAT], path: scores[path]})["documents"]
-                write(folder / QUALITY, {"float": sums[quality.FLOAT], "documents": sums[path]})
+            judge(reference, part, tokens[model])
+
+
+def judged(folder: Path, tokens: int) -> bool:
+    """Whether a cell has scores on so many tokens."""
+    return (folder / QUALITY).exists() and json.loads((folder / QUALITY).read_text()).get("tokens") == tokens
+
+
+def judge(reference: Path, part: Sequence[tuple[Path, str]], tokens: int) -> None:
+    """Judge checkpoints of one model together, or each alone where one of them cannot be read."""
+    try:
+        scores = quality.score_checkpoints(
+            reference, [path for _, path in part], tokens=tokens, names=quality.domains.DOMAINS, dtype=torch.float32
+        )
+    except AutoRoundError as error:
+        for each in part if len(part) > 1 else ():
+            judge(reference, [each], tokens)
+        if len(part) == 1:
+            file = part[0][0] / RESULT
+            write(file, json.loads(file.read_text()) | {"error": str(error)})
+        return
+    for folder, path in part:
+        sums = quality.as_json({quality.FLOAT: scores[quality.FLOAT], path: scores[path]})["documents"]
+        write(folder / QUALITY, {"tokens": tokens, "float": sums[quality.FLOAT], "documents": sums[path]})
 
 
 def collect(place: Place, results: Path) -> dict[str, Any]:
@@ -105,8 +127,26 @@ def collect(place: Place, results: Path) -> dict[str, Any]:
             if (folder / QUALITY).exists():
                 own["quality"] = json.loads((folder / QUALITY).read_text())
             found[cell.name] = own
+    for name in unlike(found, place):
+        print(f"{name}: judged on other text than the newest of its model; its scores are left out", flush=True)
+        del found[name]["quality"]
     results.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n")
     return found
+
+
+def unlike(found: Mapping[str, Any], place: Place) -> list[str]:
+    """Cells that are judged on other documents than those of the folder, or than the newest where it has none."""
+    texts: dict[str, dict[str, Any]] = {}
+    for name, cell in found.items():
+        if "quality" in cell:
+            texts.setdefault(name.split("/")[1], {})[name] = {
+                domain: own["tokens_D"] for domain, own in cell["quality"]["documents"].items()
+            }
+    wrong = []
+    for own in texts.values():
+        newest = max(own, key=lambda name: ((place.of(name) / QUALITY).exists(), found[name]["day"]))
+        wrong += [name for name, documents in own.items() if documents != own[newest]]
+    return wrong
 
 
 def main() -> None:
@@ -116,7 +156,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the cells and which are done, then stop")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "autoround-bench",
                         help="for models, cells and checkpoints")  # fmt: skip
-    parser.add_argument("--tokens", type=int, default=52_000, help="predicted tokens of the judge, over all domains")
+    parser.add_argument("--tokens", type=int, help=f"predicted tokens of the judge, over all domains; else {TOKENS}")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args()
@@ -129,7 +169,8 @@ def main() -> None:
             print(f"{number}/{len(chosen)} {cell.name}", flush=True)
             run_cell(cell, place)
     if not options.list:
-        judge_all(chosen, place, tokens=options.tokens)
+        tokens = TOKENS if options.tokens is None else dict.fromkeys(TOKENS, options.tokens)
+        judge_all(chosen, place, tokens=tokens)
         page.write(collect(place, options.results), options.page)
 
 

@@ -21,15 +21,10 @@ class Failed(Exception):
 
 
 class Cost(NamedTuple):
-    """Of one command: wall time in seconds, and peak resident memory in GB of the process and with its children.
-
-    The children are C++ compilers; what they share with the process counts once. Anonymous memory is that of the
-    process for which no file stands.
-    """
+    """Of one command: wall time in seconds, and peak memory in GB of the process: resident, and that without a file."""
 
     seconds: float
     gigabytes: float
-    tree_gigabytes: float
     anonymous_gigabytes: float = 0.0
 
 
@@ -59,14 +54,13 @@ def measure(
         variables = {**os.environ, **QUIET, CACHE: str(cache or cold), **environment}
         start = time.monotonic()
         process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables, cwd=log.parent)
-        own = tree = anonymous = 0
+        own = anonymous = 0
         if data_limit is not None:
             process.rlimit(psutil.RLIMIT_DATA, (data_limit, data_limit))
         while process.poll() is None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rss = process.memory_info().rss
                 own, anonymous = max(own, rss), max(anonymous, _anonymous(process.pid))
-                tree = max(tree, rss + sum(_unshared(child) for child in process.children(recursive=True)))
             if timeout is not None and time.monotonic() - start > timeout:
                 _end(process)
                 raise Failed(f"{command[0]}: ended after {timeout:.0f} s; see {log}")
@@ -75,7 +69,7 @@ def measure(
     if process.returncode:
         last = log.read_text(errors="replace").strip().splitlines()[-3:]
         raise Failed(f"{command[0]}: status {process.returncode}; see {log}: {' | '.join(last)}")
-    return Cost(seconds, own / 1e9, tree / 1e9, anonymous / 1e9)
+    return Cost(seconds, own / 1e9, anonymous / 1e9)
 
 
 def _end(process: psutil.Process) -> None:
@@ -95,11 +89,3 @@ def _anonymous(pid: int) -> int:
     except OSError:
         return 0
     return int(told[0]) * 1024 if told else 0
-
-
-def _unshared(process: psutil.Process) -> int:
-    """Memory of a process alone: between fork and exec it shares all of its parent's."""
-    try:
-        return int(process.memory_full_info().uss)
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return 0

@@ -2,12 +2,11 @@
 
 ``python -m benchmarks.heap [WAY …] [--iters N] [--bits N]`` tunes the first two blocks of SmolLM2 (dithered), 128 rows
 of 256 tokens, compiled, each way in a process of its own with a cold compile cache. Printed are the most resident and
-anonymous memory of the process, what it holds when the second block begins, and seconds of the second block.
+anonymous memory of the process, and seconds of the second block.
 """
 
 import argparse
 import gc
-import json
 import os
 import sys
 import tempfile
@@ -16,8 +15,6 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
-
-import psutil
 
 from benchmarks import machine
 from benchmarks.cells import DATA, Place
@@ -73,8 +70,8 @@ WAYS = {
 }
 
 
-def tune(way: Way, options: argparse.Namespace) -> dict[str, float]:
-    """Tune in this process; gigabytes when the second block begins, and its seconds."""
+def tune(way: Way, options: argparse.Namespace) -> float:
+    """Tune in this process; seconds of the second block."""
     from autoround.backends import host
     from autoround.cli.session import CACHES
 
@@ -99,14 +96,13 @@ def tune(way: Way, options: argparse.Namespace) -> dict[str, float]:
             way.often()
 
     threading.Thread(target=keep, daemon=True).start()
-    times, held = [], []
+    times: list[float] = []
     for _ in quantize(str(job.source), recipe):
         if not times:
             way.first()
-        held.append(psutil.Process().memory_info().rss / 1e9)
         times.append(time.perf_counter())
     ended.set()
-    return {"held": held[0], "seconds": times[1] - times[0]}
+    return times[1] - times[0]
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -126,8 +122,8 @@ def compare(options: argparse.Namespace) -> None:
     """Run each way in its own process and print a table."""
     print(machine.describe())
     print(f"SmolLM2 (dithered), 2 blocks, {options.bits} bits in groups of {GROUP_SIZE}, {options.iters} steps")
-    print("| way | resident, GB | anonymous, GB | held between blocks, GB | second block, s |")
-    print("|---|---|---|---|---|", flush=True)
+    print("| way | resident, GB | anonymous, GB | second block, s |")
+    print("|---|---|---|---|", flush=True)
     words = [f"--{name}={getattr(options, name)}" for name in ("bits", "iters")]
     words.append(f"--folder={options.folder.resolve()}")
     for name in options.ways:
@@ -136,9 +132,9 @@ def compare(options: argparse.Namespace) -> None:
             log = Path(folder) / "log.txt"
             command = [sys.executable, "-m", "benchmarks.heap", name, *words, f"--output={folder}/out"]
             cost = measure(command, log, {"PYTHONPATH": str(Path(__file__).parents[1]), **way.variables})
-            found = json.loads(log.read_text().strip().splitlines()[-1])
-        own = (cost.gigabytes, cost.anonymous_gigabytes, found["held"])
-        print(f"| {way.title} | {' | '.join(f'{each:.2f}' for each in own)} | {found['seconds']:.1f} |", flush=True)
+            seconds = float(log.read_text().strip().splitlines()[-1])
+        own = f"{cost.gigabytes:.2f} | {cost.anonymous_gigabytes:.2f} | {seconds:.1f}"
+        print(f"| {way.title} | {own} |", flush=True)
 
 
 def main() -> None:
@@ -147,7 +143,7 @@ def main() -> None:
     if options.output is None:
         compare(options)
     else:
-        print(json.dumps(tune(WAYS[options.ways[0]], options)))
+        print(tune(WAYS[options.ways[0]], options))
 
 
 if __name__ == "__main__":

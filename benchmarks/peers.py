@@ -71,14 +71,12 @@ class Tool:
         version: as the page names it.
         recipes: what it can do; name -> words of the command for a job.
         bits: widths it can write.
-        seeded: whether a run depends on the seed beyond the rows.
         variables: of its environment.
     """
 
     version: str
     recipes: dict[str, Callable[[Job], list[str]]]
     bits: tuple[int, ...] = (2, 3, 4)
-    seeded: bool = True
     variables: tuple[tuple[str, str], ...] = ()
 
     def checkpoint(self, job: Job) -> Path:
@@ -150,7 +148,6 @@ TOOLS: dict[str, Tool] = {
     "gptqmodel": Tool(
         version="GPTQModel 7.7.0",
         recipes={"gptq": _driver("gptqmodel", "run_gptqmodel.py")},
-        seeded=False,
         # It does not start on two cores without this.
         variables=(("GPTQMODEL_CPU_WORKERS", "2"),),
     ),

@@ -78,7 +78,7 @@ class Trial:
     """Tuning for so many steps at so many bits; one compiled step for all blocks."""
 
     def __init__(self, bits: int, steps: int) -> None:
-        self._recipe = Recipe(bits=bits, group_size=GROUP_SIZE, iters=steps)
+        self._recipe = Recipe(bits=bits, group_size=GROUP_SIZE, iters=steps, lr=1 / steps)
         self._optimizer = make_optimizer(self._recipe, bits)
         self._step: Any = None
 

@@ -38,13 +38,11 @@ class Variant:
 
     Attributes:
         bits: of the weights.
-        preset: recipe to start from.
         settings: over it, as (name, value).
         seed: of calibration rows and batches.
     """
 
     bits: int
-    preset: str = "default"
     settings: tuple[tuple[str, Any], ...] = ()
     seed: int = 0
 
@@ -52,7 +50,7 @@ class Variant:
     def name(self) -> str:
         """Unique."""
         words = [f"{name}={value}" for name, value in self.settings]
-        return " ".join([f"w{self.bits}", self.preset, *words, f"seed{self.seed}"])
+        return " ".join([f"w{self.bits}", *words, f"seed{self.seed}"])
 
 
 def _variants(bits: int, **axes: tuple[Any, ...]) -> list[Variant]:
@@ -82,14 +80,14 @@ def groups(bits: int) -> dict[str, list[Variant]]:
         "light": _variants(bits, iters=(15, 50), compensate=both, lr=(0.005,)),
         "rate": _variants(bits, iters=(25,), lr=(0.0025, 0.005, 0.01, 0.02, 0.04)),
         "rate50": _paced(bits, (50, 8), parts=(0.25, 0.5, 1.0)),
-        "rate200": _paced(bits, (200, 8), parts=(0.25, 0.5, 1.0)),
+        "rate200": _paced(bits, (200, 8), parts=(0.25, 0.5, 1.0, 2.0)),
         "clips": _variants(bits, iters=(25,), minmax_lr=(0.01, 0.02, 0.08)),
         "momentum": _variants(bits, iters=(25,), momentum=(0.5, 0.9), lr=(0.02, 0.04)),
         "pace": _paced(bits, (25, 8), (50, 4), (100, 2), parts=(0.25, 0.5, 1.0)),
         "compensated": _paced(bits, (25, 8), (50, 4), parts=(0.0625, 0.125, 0.25, 0.5), compensate=True),
         "adam": _variants(bits, iters=(25,), adam=(True,), lr=(0.01, 0.02, 0.04)),
         "keep": _variants(bits, iters=(25,), keep=("best",)),
-        "apart": _variants(bits, iters=(25,), parallel=("data", "blocks")),
+        "apart": _variants(bits, iters=(25,), lr=(0.04,), parallel=("data", "blocks")),
     }
 
 
@@ -127,7 +125,7 @@ def try_variant(
             "bits": variant.bits, "group_size": GROUP_SIZE, "nsamples": options.rows, "seqlen": DATA[1],
             "dataset": texts.calibration[: options.rows], "seed": variant.seed, "output_dir": f"{folder}/out",
             "device_map": options.device, "torch_compile": options.device == "cpu"}  # fmt: skip
-        run = quantize(source, Recipe.preset(variant.preset, **own | dict(variant.settings)))
+        run = quantize(source, Recipe(**own | dict(variant.settings)))
         blocks = list(islice(run, options.blocks))
         journal = Journal(run.journal_folder, {})
         for index, part in enumerate(run.plan.parts[: len(blocks)]):
@@ -184,8 +182,9 @@ def chosen(options: argparse.Namespace) -> list[Variant]:
 
 
 def name(variant: Variant, options: argparse.Namespace) -> str:
-    """Of a variant on this much of the model and the data."""
-    return f"{variant.name} blocks={options.blocks} rows={options.rows}"
+    """Of a variant on this much of the model and the data, at the rate that it takes where none is set."""
+    rate = Recipe(**dict(variant.settings)).learning_rate(variant.bits)
+    return f"{variant.name} rate={rate:g} blocks={options.blocks} rows={options.rows} tokens={options.tokens}"
 
 
 def results(folder: Path) -> list[dict[str, Any]]:

@@ -104,6 +104,11 @@ def test_a_gguf_file_beside_a_folder(tmp_path: Path) -> None:
     assert "PackedLinear" in {type(module).__name__ for module in model.modules()}
 
 
+def test_one_call_writes_where_the_constructor_says(tmp_path: Path) -> None:
+    _, folder = AutoRound(small.make(), dataset=IDS, output_dir=tmp_path / "mine", **TINY).quantize_and_save()
+    assert folder == str(tmp_path / "mine")
+
+
 def test_saving_before_quantizing_quantizes(tmp_path: Path) -> None:
     _, folder = AutoRound(small.make(), dataset=IDS, **TINY).save_quantized(tmp_path / "out")
     assert (Path(folder) / "config.json").is_file()
@@ -120,9 +125,13 @@ def test_saving_before_quantizing_quantizes(tmp_path: Path) -> None:
         DataLoader(IDS, batch_size=3),
         DataLoader(torch.utils.data.TensorDataset(IDS), batch_size=3),
         DataLoader([{"input_ids": row} for row in IDS], batch_size=3),
+        DataLoader([{"input_ids": row.tolist()} for row in IDS], batch_size=3),
         ({"input_ids": row} for row in IDS),
     ],
-    ids=["lists", "tensor", "tensors", "rows of one", "encodings", "loader", "tuples", "mappings", "generator"],
+    ids=[
+        *("lists", "tensor", "tensors", "rows of one", "encodings", "loader", "tuples", "mappings", "lists in loaders"),
+        "generator",
+    ],
 )
 def test_every_kind_of_token_ids_gives_the_same_rows(dataset: Any) -> None:
     found = AutoRound(small.make(), dataset=dataset, **TINY).recipe.dataset
@@ -139,6 +148,9 @@ def test_a_loader_is_read_no_further_than_needed_and_padding_is_dropped() -> Non
         raise AssertionError("read too far")
 
     assert [row.tolist() for row in rows(batches(), 2)] == [[5, 6], [7, 8, 9]]
+    listed = [{"input_ids": [0, 5, 6], "attention_mask": [0, 1, 1]}, {"input_ids": [7, 8], "attention_mask": [1, 1]}]
+    assert rows(listed, 2) == [[5, 6], [7, 8]]
+    assert [row.tolist() for row in rows(DataLoader(listed[:1]), 1)] == [[5, 6]]
 
 
 def test_texts_need_the_tokenizer_and_it_is_saved_with_the_model(tmp_path: Path) -> None:

@@ -67,6 +67,10 @@ class Backend(Protocol):
         """The fastest attention implementation in training at this length."""
         ...
 
+    def lacks(self) -> str:
+        """What would have to be installed before anything can be compiled, in words; empty where nothing is missing."""
+        ...
+
     def compile_helps(self, token_steps: int) -> bool:
         """Whether compiling pays for a run of so many tokens x steps, all blocks together."""
         ...
@@ -97,6 +101,10 @@ class Accelerator:
         """Fused at every length."""
         del seqlen  # no bearing here
         return "sdpa"
+
+    def lacks(self) -> str:
+        """Nothing: compilers come with torch."""
+        return ""
 
     def compile_helps(self, token_steps: int) -> bool:
         """Only for runs that outlast the compilation."""

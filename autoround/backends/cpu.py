@@ -1,6 +1,8 @@
 """The CPU."""
 
+import os
 import shutil
+import sys
 
 import psutil
 import torch
@@ -34,9 +36,15 @@ class CpuBackend:
         """Explicit attention for short rows, fused for long ones."""
         return "eager" if seqlen <= EXPLICIT_ATTENTION_TOKENS else "sdpa"
 
+    def lacks(self) -> str:
+        """A C++ compiler, unless there is the one that inductor calls."""
+        usual = "clang++" if sys.platform == "darwin" else "g++"
+        words = os.environ.get("CXX", usual).split() or [usual]
+        return "" if shutil.which(words[0]) else f"the C++ compiler {words[0]}"
+
     def compile_helps(self, token_steps: int) -> bool:
-        """Only for runs that outlast the compilation, and only with a C++ compiler at hand."""
-        return token_steps >= COMPILE_TOKEN_STEPS and any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+        """Only for runs that outlast the compilation."""
+        return token_steps >= COMPILE_TOKEN_STEPS
 
     def prepare_compiler(self) -> None:
         """Find out what vectors the processor has: with an empty cache, inductor builds programs for it, for 8 s."""

@@ -161,11 +161,16 @@ def _shown(results: Results, output: str | None, before: str = "") -> str:
             for own in results.models if own.measures]  # fmt: skip
     if not done and not results.complete:
         raise Unfinished(before, NOTHING, INTERRUPTED)
-    if output is not None:
-        Path(output).write_text(results.json() + "\n", encoding="utf-8")
     names = short_names([each.name for each in results.models if each.name != FLOAT])
     models = tuple(replace(each, name=names.get(each.name, each.name)) for each in results.models)
     shown = "\n\n".join(filter(None, (before, replace(results, models=models).table(terminal_width()))))
+    if output is not None:
+        try:
+            Path(output).write_text(results.json() + "\n", encoding="utf-8")
+        except OSError as error:
+            raise Unfinished(
+                shown, f"{output}: found {error.strerror or error}; the results are not kept", FAILED
+            ) from error
     if not results.complete:
         kept = f"; kept in {output}" if output is not None else ""
         raise Unfinished(shown, f"stopped; measured so far: {'; '.join(done)}{kept}", INTERRUPTED)

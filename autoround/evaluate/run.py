@@ -55,6 +55,8 @@ def prepare(settings: Evaluation, *, reference: bool) -> Prepared:
     output = settings.eval_output
     if output is not None and not Path(output).absolute().parent.is_dir():
         raise UsageError(f"eval_output: found no folder {Path(output).parent}; needed one that exists")
+    if output is not None and Path(output).is_dir():
+        raise UsageError(f"eval_output: found the folder {output}; needed a file, such as {Path(output) / 'eval.json'}")
     if not settings.lm_eval:
         return Prepared(settings, built_in, None)
     check_backend(settings.eval_backend)

@@ -147,7 +147,7 @@ class Contents:
                 shape = layers[f"{part.prefix}{relative}"].shape
                 for path, rows in () if shape.parameter in self._whole else self._matrices(shape):
                     own = codes[relative]
-                    yield path, spec, own if rows is None else IntCodes(*(field[rows] for field in own))
+                    yield path, spec, own if rows is None else type(own)(*(field[rows] for field in own))
 
     @property
     def untied(self) -> dict[str, str]:

@@ -75,6 +75,7 @@ def write_folder(
         FormatError: the folder is in use, the disk is full or not writable; nothing is left behind, whatever is raised.
     """
     check_folder(folder, overwrite=overwrite)
+    folder = folder.resolve()  # the end of a link, on whose disk the files are to lie
     partial = folder.with_name(f".{folder.name}.partial")
     with ExitStack() as cleanup:
         cleanup.callback(shutil.rmtree, partial, ignore_errors=True)
@@ -93,13 +94,31 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
     """Refuse a folder that is in use.
 
     Raises:
-        FormatError: it exists, is not empty, and may not be replaced, or is not a folder.
+        FormatError: it is no folder, a disk is mounted there, or it is not empty and may not be replaced.
     """
     if folder.exists() and not folder.is_dir():
         raise FormatError(f"{folder}: found a file; needed a folder or nothing; use another --output_dir")
+    if os.path.ismount(folder):
+        raise FormatError(f"{folder}: found a mounted disk; needed a folder that can be renamed; use one below it")
     if folder.exists() and not overwrite and any(folder.iterdir()):
         raise FormatError(
             f"{folder}: found other files; needed an empty folder; use another --output_dir or --overwrite"
+        )
+
+
+def check_alone(folder: Path) -> None:
+    """Refuse to replace a folder of one format that holds what runs for other formats left in it.
+
+    Raises:
+        FormatError: names them.
+    """
+    kept = [child.name for child in sorted(folder.iterdir() if folder.is_dir() else ())
+            if child.is_dir() and (child.suffix == ".journal" or any(child.glob("*.gguf"))
+                                   or (child / "config.json").exists())]  # fmt: skip
+    if kept:
+        raise FormatError(
+            f"{folder}: found {', '.join(kept)}; needed a folder without other formats, which would be lost; "
+            "use another --output_dir or --overwrite"
         )
 
 

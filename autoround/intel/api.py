@@ -162,7 +162,7 @@ class AutoRound:
 
     def quantize_and_save(
         self,
-        output_dir: str | Path = OUTPUT_DIR,
+        output_dir: str | Path | None = None,
         format: str | Sequence[str] | None = None,
         inplace: bool = True,
         max_shard_size: int | str | None = None,
@@ -172,7 +172,7 @@ class AutoRound:
         Finished blocks are kept beside the output folder: an interrupted call, repeated, goes on where it stopped.
         """
         del inplace
-        changed: dict[str, Any] = {"output_dir": str(output_dir)}
+        changed: dict[str, Any] = {} if output_dir is None else {"output_dir": str(output_dir)}
         if format:
             changed["format"] = _names(format)
         if max_shard_size:

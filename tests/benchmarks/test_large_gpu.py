@@ -28,7 +28,7 @@ def test_blocks_take_what_lies_between_their_lines(tmp_path: Path, monkeypatch: 
     found = large_gpu.run_case("autoround", job, tmp_path, 60)
     assert len(found["blocks"]) == 2 and found["block"] == pytest.approx(0.4, abs=0.15)
     assert found["seconds"] > found["first"] > 0.3 and found["gpu_gigabytes"] is None
-    assert "0.4" in large_gpu.line("autoround", found)
+    assert f"{found['block']:.2f} s a block" in large_gpu.line("autoround", found)
 
 
 def test_a_tool_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

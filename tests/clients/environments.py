@@ -74,7 +74,9 @@ def client_python(name: str) -> Path:
 
 
 def make(folder: Path, environment: Environment) -> None:
-    """Install, unless it is done."""
+    """Install, after the environments above, unless it is done."""
+    for name in environment.above:
+        make(folder.with_name(name), ENVIRONMENTS[name])
     recipe = "\n".join((*environment.above, *environment.needs, *environment.alone))
     stamp = folder / STAMP
     if stamp.exists() and stamp.read_text() == recipe:

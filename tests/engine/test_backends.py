@@ -203,8 +203,25 @@ def test_freed_memory_goes_back_to_the_system() -> None:
 
 
 def test_without_a_compiler_nothing_is_compiled_unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert CPU.lacks() == ""
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not CPU.compile_helps(10 * COMPILE_TOKEN_STEPS)
+    assert CPU.lacks().startswith("the C++ compiler ")
+    monkeypatch.setenv("CXX", "mine -O2")
+    assert CPU.lacks() == "the C++ compiler mine"
+    monkeypatch.setattr("autoround.numerics.COMPILE_SEARCHED", 0)
+    monkeypatch.setattr("autoround.backends.cpu.COMPILE_TOKEN_STEPS", 0)
+    tuned = quantize(make(), recipe(tmp_path / "unasked", torch_compile=None, clip_search=True))
+    assert tuned.numerics.compiler is None
+    with pytest.raises(UsageError, match="torch_compile: found no compiler; needed the C.. compiler mine; install it"):
+        quantize(make(), recipe(tmp_path / "asked", torch_compile=True))
+
+
+def test_a_run_that_goes_on_compiles_as_before_or_says_that_it_cannot(tmp_path: Path) -> None:
+    pin(make(), recipe(tmp_path), compiler="inductor")
+    assert quantize(make(), recipe(tmp_path, torch_compile=None)).numerics.compiler == "inductor"
+    with pytest.raises(UsageError, match="torch_compile: found it off for a run whose blocks so far are compiled"):
+        quantize(make(), recipe(tmp_path, torch_compile=False))
+    assert quantize(make(), recipe(tmp_path, torch_compile=False, restart=True)).numerics.compiler is None
 
 
 def test_a_cpu_tells_the_compiler_ahead_what_it_can_do() -> None:

@@ -203,6 +203,32 @@ def test_an_empty_folder_and_our_own_are_taken(tmp_path: Path) -> None:
         quantize(make(), made)
 
 
+def test_other_formats_of_an_earlier_run_are_not_replaced(tmp_path: Path) -> None:
+    quantize(make(), recipe(tmp_path, "rtn", format=("auto_round", "fake"))).export()
+    before = hashes(tmp_path / "out")
+    with pytest.raises(FormatError, match=r"out: found auto_round, fake; needed a folder without other formats"):
+        quantize(make(), recipe(tmp_path, "rtn"))
+    assert hashes(tmp_path / "out") == before
+    (folder,) = quantize(make(), recipe(tmp_path, "rtn", overwrite=True)).export()
+    assert folder == tmp_path / "out"
+    assert (folder / "config.json").exists()
+
+
+def test_the_end_of_a_link_is_written_and_a_mounted_disk_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
+    for _ in range(2):
+        quantize(make(), recipe(tmp_path, "rtn")).export()
+        assert (tmp_path / "disk" / "real" / "config.json").exists()
+        assert (tmp_path / "out").is_symlink()
+        assert left_behind(tmp_path / "disk") == ["real"]
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "out")
+    with pytest.raises(FormatError, match="out: found a mounted disk; needed a folder that can be renamed"):
+        quantize(make(), recipe(tmp_path, "rtn", overwrite=True))
+
+
 # Full disks: a limit on the size of files fails every write beyond it, as a full disk does.
 
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from autoround import func
 from autoround.engine import Run, quantize, quantize_each
 from autoround.errors import FormatError, ModelError, UsageError
 from autoround.export import Target, export_journal
 from autoround.families import split
+from autoround.forecast.foretell import foretell
 from autoround.formats.gguf.container import read_tensors
 from autoround.journal import Journal, read_manifest
 from autoround.recipe import Recipe
@@ -96,6 +98,28 @@ def test_a_float_file_needs_no_data(tmp_path: Path) -> None:
     (folder,) = done.export()
     (file,) = folder.iterdir()
     assert read_tensors(file)["blk.0.attn_q.weight"].type == "bf16"
+    target = Target(folder=tmp_path / "later", formats=("gguf:f16",))
+    model, words = make("llama", **WIDE), sentencepiece()
+    (later,) = export_journal(done.journal_folder, target, model=model, tokenizer=words)
+    assert read_tensors(next(later.iterdir()))["blk.0.attn_q.weight"].type == "f16"
+    model.save_pretrained(tmp_path / "model")
+    words.save_pretrained(tmp_path / "model")
+    (forecast,) = foretell(replace(gguf_recipe(tmp_path, "gguf:f16"), model=str(tmp_path / "model")))
+    assert forecast.seconds is not None
+
+
+def test_codes_of_experts_are_written_as_floats_too(tmp_path: Path) -> None:
+    done = quantize(
+        make("qwen3_moe", vocab_size=640),
+        gguf_recipe(tmp_path, "gguf:q4_0", "fake", iters=0),
+        tokenizer=sentencepiece(),
+    )
+    packed, floats = done.export()
+    (file,) = packed.iterdir()
+    wanted, found = load(file).state_dict(), AutoModelForCausalLM.from_pretrained(floats).state_dict()
+    experts = [name for name in wanted if "experts" in name]
+    assert experts
+    assert all(torch.equal(wanted[name], found[name].to(wanted[name].dtype)) for name in experts)
 
 
 def test_formats_of_several_grids_have_a_run_each(tmp_path: Path) -> None:
@@ -122,6 +146,8 @@ def test_splitting() -> None:
         (("auto_round",), "o/auto_round"),
         (("gguf:q6_k",), "o/gguf_q6_k"),
     ]
+    with pytest.raises(UsageError, match="format gguf:q6_k: found --scheme; needed none: the file type"):
+        split(Recipe(format=("gguf:q6_k",), scheme="W2A16"))
     assert [each.bits for each in split(Recipe(format=("auto_round", "gguf:q6_k"), bits=3))] == [3, None]
     with pytest.raises(UsageError, match="format gguf:q6_k: found --bits; needed none"):
         split(Recipe(format=("gguf:q6_k",), bits=4))

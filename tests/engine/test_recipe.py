@@ -100,6 +100,7 @@ def test_learning_rate(iters: int, bits: int, rate: float) -> None:
         ({"gradient_accumulate_steps": 0}, "gradient_accumulate_steps: found 0; needed at least 1"),
         ({"momentum": 1.0}, "momentum: found 1.0; needed at least 0 and less than 1"),
         ({"momentum": float("nan")}, "momentum: found nan"),
+        ({"momentum": 0.9, "adam": True}, "momentum: found 0.9 with adam; needed one of them"),
         ({"lr": 0.0}, "lr: found 0.0; needed a positive number"),
         ({"lr": float("nan")}, "lr: found nan"),
         ({"minmax_lr": float("inf")}, "minmax_lr: found inf"),

@@ -209,6 +209,7 @@ def test_overwrite_starts_anew(whole: Run, model: PreTrainedModel, tmp_path: Pat
     run, resumed = went_on(model, recipe(tmp_path, overwrite=True))
     assert resumed == [False] * 3
     assert output(run) == output(whole)
+    assert not read(run.journal_folder / "run.yaml")["overwrite"]  # with which a run that was stopped goes on
 
 
 def test_restart_discards_the_journal_alone(whole: Run, model: PreTrainedModel, tmp_path: Path) -> None:

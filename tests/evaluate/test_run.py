@@ -110,6 +110,8 @@ def test_what_cannot_work_is_refused_before_any_model_is_opened(tmp_path: Path) 
         prepare(Evaluation(tasks="kl"), reference=False)
     with pytest.raises(UsageError, match="eval_output: found no folder .*absent"):
         prepare(Evaluation(eval_output=str(tmp_path / "absent" / "out.json")), reference=True)
+    with pytest.raises(UsageError, match="eval_output: found the folder .*; needed a file"):
+        prepare(Evaluation(eval_output=str(tmp_path)), reference=True)
 
 
 def test_checkpoints_are_told_apart(float_folder: Path, quantized_folder: Path, tmp_path: Path) -> None:
