@@ -65,7 +65,7 @@ def choose_numerics(
 
 
 def _check_compiler(made: Numerics, chosen: Numerics, recipe: Recipe, backend: Backend) -> None:
-    if recipe.torch_compile is not None and made.compiler != chosen.compiler:
+    if made.compiler != chosen.compiler and recipe.torch_compile is (chosen.compiler is not None):
         was, now = ("not compiled", "on") if chosen.compiler else ("compiled", "off")
         raise UsageError(
             f"torch_compile: found it {now} for a run whose blocks so far are {was}; needed the same for all; leave it "
