@@ -51,6 +51,9 @@ def run(values: Mapping[str, Any]) -> str:
         )
     from autoround.cli.quantize import check
 
+    unused = [name for name in ("model", "revision", "cache_dir", "token") if name in values]
+    if unused and (Path(source) / "config.json").is_file():
+        raise UsageError(f"export: found --{unused[0]} for a checkpoint; needed none: it is for journals; leave it out")
     recipe = Recipe(**given(values, SETTINGS))
     check(recipe)
     with session(values) as screen:

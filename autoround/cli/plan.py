@@ -65,11 +65,11 @@ def as_json(forecast: "Forecast") -> str:
 def readable(size: float) -> str:
     """Bytes in powers of ten.
 
-    >>> readable(1_530_000_000), readable(999)
-    ('1.53 GB', '999 B')
+    >>> readable(1_530_000_000), readable(999_700_000), readable(999)
+    ('1.53 GB', '1 GB', '999 B')
     """
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
+        if size >= 0.9995 * factor:  # less is shown in three digits of the next unit
             return f"{size / factor:.3g} {unit}"
     return f"{size:.0f} B"
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 64
+# What templates that tell the model which day it is are given.
+DAY = "01 January 2025"
 
 
 class Specials(NamedTuple):
@@ -135,6 +137,17 @@ def conversation(document: str | Chat, system_prompt: str | None) -> Chat:
     return [{"role": "system", "content": system_prompt}, *rest] if system_prompt else rest
 
 
+def undated(template: str | dict[str, str] | None) -> str | None:
+    """A chat template in which it is always the same day, so that rows are the same tomorrow; None where none is told.
+
+    >>> undated("{{ strftime_now('%Y') }}"), undated("{{ messages }}")
+    ("{%- macro strftime_now(format) -%}01 January 2025{%- endmacro -%}{{ strftime_now('%Y') }}", None)
+    """
+    text = template.get("default") if isinstance(template, dict) else template
+    macro = f"{{%- macro strftime_now(format) -%}}{DAY}{{%- endmacro -%}}"
+    return macro + text if text and "strftime_now" in text else None
+
+
 def _system_in_user(chat: Chat) -> Chat:
     """For templates without a system role: its text leads the message after it."""
     system, first, *rest = chat
@@ -143,7 +156,9 @@ def _system_in_user(chat: Chat) -> Chat:
 
 def _template(tokenizer: "PreTrainedTokenizerBase", chat: Chat) -> str:
     opens_answer = not chat or chat[-1]["role"] != "assistant"
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=opens_answer)
+    text = tokenizer.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=opens_answer, chat_template=undated(tokenizer.chat_template)
+    )
     assert isinstance(text, str)
     return text
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from autoround.data.encode import conversation
+from autoround.data.encode import conversation, undated
 from autoround.data.language import DatasetSpec
 from autoround.data.packing import Row, RowRequest
 from autoround.data.pictures import Part
@@ -225,8 +225,8 @@ def _processed(messages: list[dict[str, Any]], processor: "ProcessorMixin", wher
     opens_answer = not messages or messages[-1]["role"] != "assistant"
     try:
         found: Any = processor.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=opens_answer
-        )
+            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=opens_answer,
+            chat_template=undated(processor.chat_template))  # fmt: skip
     except (TemplateError, ValueError, TypeError, IndexError) as error:
         raise DataError(f"{where}: found a conversation that the processor refuses ({error}); correct it") from error
     return made({name: each for name, each in found.items() if isinstance(each, torch.Tensor)}, where)

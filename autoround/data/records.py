@@ -99,7 +99,7 @@ def _found(record: Mapping[str, object], *, where: str, folder: Path, shelf: She
     for pair in PAIR_KEYS:
         question, answer = (record.get(key) for key in pair)
         if isinstance(question, str) and isinstance(answer, str):
-            extra = record.get("input") if pair[0] == "instruction" else None
+            extra = (record.get("input") or record.get("context")) if pair[0] == "instruction" else None
             question = f"{question}\n\n{extra}" if isinstance(extra, str) and extra else question
             return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return _only_text(record, where=where)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from autoround.data.language import did_you_mean
 from autoround.errors import DataError, ModelError, UsageError
-from autoround.evaluate.opening import open_checkpoint
+from autoround.evaluate.opening import locate, open_checkpoint
 from autoround.evaluate.results import Measure
 from autoround.evaluate.settings import BUILT_IN, Access, Evaluation
 from autoround.hub import load
@@ -248,8 +248,7 @@ def _open_vllm(path: str | Path, settings: Evaluation, access: Access, bos: bool
         ) from error
     try:
         return VLLM(
-            pretrained=os.fspath(path),
-            revision=access.revision,
+            pretrained=os.fspath(locate(path, access)),
             dtype=settings.eval_model_dtype or "auto",
             batch_size=settings.eval_bs,
             add_bos_token=bos,

@@ -79,7 +79,9 @@ class AutoGptq:
         if len(lists) == 1 and lists.isdisjoint(_BLOCK_LISTS):
             config["block_name_to_quantize"] = lists.pop()
         allowed = {tuple(block.specs) for block in plan.blocks}
-        if len(allowed) == 1 and any(layer.spec is None for block in plan.blocks for layer in block.layers):
+        layers = [layer for block in plan.blocks for layer in block.layers]
+        stacked = any(layer.shape.experts for layer in layers)  # whose names here are not those of the file
+        if len(allowed) == 1 and not stacked and any(layer.spec is None for layer in layers):
             config["modules_in_block_to_quantize"] = [list(*allowed)]
         return config
 

@@ -156,7 +156,10 @@ def stored(config: Mapping[str, Any], where: str) -> Stored:
         )
     name = variants[variant]
     if name == "llm_compressor":
-        sizes = [group["weights"].get("group_size") or WHOLE_ROW for group in config.get("config_groups", {}).values()]
+        weights = [group["weights"] for group in config.get("config_groups", {}).values()]
+        if order := next((own["actorder"] for own in weights if own.get("actorder") in ("group", "dynamic")), None):
+            raise FormatError(f"{where}: found actorder {order!r}; needed columns in order; load it with vLLM")
+        sizes = [own.get("group_size") or WHOLE_ROW for own in weights]
         return Stored(name=name, needed=_CT_TENSORS, optional=("weight_zero_point",), group_sizes=frozenset(sizes))
     own = (*(config.get("extra_config") or {}).values(), *(config.get("dynamic") or {}).values())
     named = frozenset(each["group_size"] for each in (config, *own) if each and "group_size" in each)

@@ -229,7 +229,7 @@ def _write_side_files(contents: Contents, folder: Path) -> None:
     settings: dict[str, Any] = json.loads(model.config.to_json_string())
     settings["architectures"] = settings.get("architectures") or [type(model.skeleton).__name__]
     if contents.untied:
-        settings["tie_word_embeddings"] = False
+        untie(settings)
     if contents.target is not None or not settings.get("dtype"):
         settings["dtype"] = str(contents.target or _float_dtype(model.source)).removeprefix("torch.")
     if (config := contents.form.config(contents.plan)) is not None:
@@ -243,6 +243,14 @@ def _float_dtype(source: Source) -> torch.dtype:
     """Dtype of the first floating-point tensor."""
     dtypes = (source.dtype(name) for name in source.names())
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+def untie(settings: dict[str, Any]) -> None:
+    """Say so of a model and of its parts: vision-language models tie by what their text part says."""
+    settings["tie_word_embeddings"] = False
+    for part in settings.values():
+        if isinstance(part, dict) and "tie_word_embeddings" in part:
+            untie(part)
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -269,6 +269,8 @@ def search_clips(
     moment_EGS = prepared.weight_OGS.new_ones(1, groups, size)
     if moment_I is not None:
         moment_EGS = rearrange(moment_I.view(-1, groups * size), "e (g s) -> e g s", s=size)
+        unused_EG1 = moment_EGS.sum(-1, keepdim=True) == 0  # where all errors were 0, any clips would be best
+        moment_EGS = torch.where(unused_EG1, 1.0, moment_EGS)
     length = max(1, SLICE_ELEMENTS // (CANDIDATES * size * spec.block_groups)) * spec.block_groups
     found = []
     for start in range(0, rows * groups, length):

@@ -88,6 +88,14 @@ def test_templates_without_a_system_role(chats: str) -> None:
     assert rows == ["<|user|> w9 w1 w2 <|end|> <|assistant|> w3 <|end|>"]
 
 
+def test_templates_are_always_told_the_same_day(chats: str) -> None:
+    """A run that is stopped before midnight goes on after it."""
+    day = "{% if strftime_now('%d %B %Y') == '01 January 2025' %}w7 {% endif %}"
+    tokenizer = make_tokenizer(chat_template=day + TEMPLATE)
+    rows = decode_rows(tokenizer, load(f"{chats}:concat=False", tokenizer, nsamples=1))
+    assert rows[0].startswith("w7 <|")
+
+
 def test_templates_that_refuse(chats: str) -> None:
     tokenizer = make_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(DataError, match=r"document 1: the chat template refuses.*roles must alternate"):

@@ -31,6 +31,7 @@ ANSWER = {"role": "assistant", "content": "Because."}
         ({"messages": [{"role": "assistant", "content": None}]}, [{"role": "assistant", "content": ""}]),
         ({"instruction": "Why", "input": "", "output": "Because."}, [{**USER, "content": "Why"}, ANSWER]),
         ({"instruction": "Why", "input": "now", "output": "Because."}, [{**USER, "content": "Why\n\nnow"}, ANSWER]),
+        ({"instruction": "Why", "context": "now", "response": "Because."}, [{**USER, "content": "Why\n\nnow"}, ANSWER]),
         ({"question": "Why?", "answer": "Because."}, [USER, ANSWER]),
     ],
 )

@@ -50,6 +50,8 @@ def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     ]
     assert main(words) == 1
     assert "x: found other files; needed an empty folder" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "x" / "auto_awq"), "--model", "m", "--output_dir", str(tmp_path / "z")]) == 2
+    assert "export: found --model for a checkpoint; needed none: it is for journals" in capsys.readouterr().err
     twice = ["export", str(run.journal_folder), "--format", "awq,auto_awq", "--output_dir", str(tmp_path / "y")]
     assert main(twice) == 0
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / "y")]

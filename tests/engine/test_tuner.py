@@ -22,6 +22,7 @@ from autoround.recipe import Recipe
 from autoround.schedule import batch_rows, make_optimizer
 from autoround.tuner import BlockTuner
 from tests.engine.small import ROWS, TOKENS, codes, equal_share, make, pin, recipe, replaced, rows, tune
+from tests.model.test_carry import gemma4
 
 FLOAT32 = Numerics(device="cpu", dtype="float32", attention="eager", compiler=None, threads=1, micro_batches=1)
 
@@ -167,6 +168,18 @@ def test_the_heap_is_trimmed_during_steps_and_after_them(tmp_path: Path, monkeyp
     monkeypatch.setattr("autoround.tuner.trim_heap", lambda: trimmed.append(None))
     assert len(list(quantize(make(), recipe(tmp_path, iters=25)))) == 2
     assert len(trimmed) == 2 * 3
+
+
+def test_blocks_that_hand_state_to_later_ones_are_compiled_at_their_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes out of them is wider than what flows in, which stands in for targets where compiling goes ahead."""
+    monkeypatch.setattr("autoround.tuner.jit", lambda function, compiler: function)
+    known = [[token % 48 for token in row] for row in rows()]
+    made = pin(gemma4(), recipe(tmp_path, dataset=known), dtype="float32", compiler="inductor")
+    run = quantize(gemma4(), made)
+    assert run.numerics.compiler == "inductor"
+    assert len(list(run)) == 4
 
 
 @pytest.mark.parametrize("compiled", [False, True])

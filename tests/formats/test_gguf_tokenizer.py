@@ -92,6 +92,16 @@ def test_what_llama_cpp_would_split_otherwise_is_refused(tokenizer: PreTrainedTo
         _metadata(tokenizer)
 
 
+def test_special_tokens_without_a_row_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """As Gemma 3 has one for images, which models without images have no row for."""
+    tokenizer = _gpt2()
+    rows = len(tokenizer)
+    before = tokenizer_metadata(tokenizer, rows)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    assert tokenizer_metadata(tokenizer, rows) == before
+    assert "left out <image>, which the embedding has no row for" in caplog.text
+
+
 def test_more_tokens_than_rows_are_refused() -> None:
     tokenizer = _gpt2()
     rows = len(tokenizer) - 1

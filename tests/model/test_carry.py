@@ -20,7 +20,7 @@ from tests.model import tiny
 _LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 
 
-def _gemma4() -> Gemma4ForCausalLM:
+def gemma4() -> Gemma4ForCausalLM:
     config = Gemma4TextConfig(
         vocab_size=tiny.VOCABULARY,
         vocab_size_per_layer_input=tiny.VOCABULARY,
@@ -41,7 +41,7 @@ def _gemma4() -> Gemma4ForCausalLM:
 
 
 def test_shared_keys_and_values_travel_beside_the_hidden_states() -> None:
-    original = _gemma4()
+    original = gemma4()
     model, valid_NT = open_model(original), tiny.validity(padded=True)
     blocks = find_blocks(model.skeleton)
     captured = capture(model, tiny.tokens(), valid_NT, batch_size=2)
@@ -55,7 +55,7 @@ def test_shared_keys_and_values_travel_beside_the_hidden_states() -> None:
 
 
 def test_blocks_that_carry_other_things_share_no_step() -> None:
-    model = open_model(_gemma4())
+    model = open_model(gemma4())
     blocks = find_blocks(model.skeleton)
     capture(model, tiny.tokens(), tiny.validity(padded=False), batch_size=5)
     one, two = (model.skeleton.get_submodule(path) for path in blocks[:2])
@@ -65,7 +65,7 @@ def test_blocks_that_carry_other_things_share_no_step() -> None:
 
 
 def test_the_model_itself_computes_what_it_did() -> None:
-    model, (first, *_) = _gemma4(), tiny.tokens().split(1)
+    model, (first, *_) = gemma4(), tiny.tokens().split(1)
     blocks = find_blocks(model)
     with torch.no_grad():
         expected = model(input_ids=tiny.tokens()).logits

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from autoround.errors import FormatError
 from autoround.formats.gguf.container import Value
+from autoround.log import LOGGER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,7 +146,12 @@ def _tokens(core: dict[str, Any], vocab_size: int) -> _Tokens:
     """Text and type of every id."""
     model = core["model"]
     bytes_too, unknown = model["byte_fallback"], model["unk_token"] or "<unk>"
-    ids = {**model["vocab"], **{added["content"]: added["id"] for added in core["added_tokens"]}}
+    beyond = [added["content"] for added in core["added_tokens"] if added["special"] and added["id"] >= vocab_size]
+    if beyond:  # which no row of the embedding stands for, as of Gemma 3 without images
+        LOGGER.warning("tokenizer: left out %s, which the embedding has no row for", ", ".join(beyond))
+    kept = [added for added in core["added_tokens"] if added["content"] not in beyond]
+    ids = {**model["vocab"], **{added["content"]: added["id"] for added in kept}}
+    ids = {text: index for text, index in ids.items() if text not in beyond}
     highest = max(ids.values())
     if highest >= vocab_size:
         raise _refusal(f"the token id {highest}", f"ids below {vocab_size}, the rows of the embedding")
@@ -153,7 +159,7 @@ def _tokens(core: dict[str, Any], vocab_size: int) -> _Tokens:
     for text, index in ids.items():
         tokens.texts[index] = text
         tokens.types[index] = BYTE if bytes_too and _BYTE_TOKEN.fullmatch(text) else NORMAL
-    for added in core["added_tokens"]:
+    for added in kept:
         text, index = added["content"], added["id"]
         if bytes_too and text == unknown:
             tokens.types[index] = UNKNOWN
