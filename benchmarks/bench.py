@@ -130,7 +130,8 @@ def collect(place: Place, results: Path) -> dict[str, Any]:
     for name in unlike(found, place):
         print(f"{name}: judged on other text than the newest of its model; its scores are left out", flush=True)
         del found[name]["quality"]
-    results.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n")
+    lines = (f"{json.dumps(name)}: {json.dumps(found[name], sort_keys=True)}" for name in sorted(found))
+    results.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     return found
 
 

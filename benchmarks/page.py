@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,15 @@ def spread(values: Sequence[float], digits: int = 0) -> str:
     """Median, and smallest and largest in brackets where there are several."""
     text = f"{statistics.median(values):.{digits}f}"
     return text if len(values) < 2 else f"{text} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def digits(value: float) -> int:
+    """Decimal places of a KL divergence: four, or more where that would be fewer than three digits.
+
+    >>> digits(1.2493), digits(0.0131), digits(0.000361)
+    (4, 4, 6)
+    """
+    return max(4, 2 - math.floor(math.log10(max(value, 1e-12))))
 
 
 def mean_scores(cells: Sequence[Group]) -> dict[str, quality.DocumentScores]:
@@ -100,11 +110,13 @@ def run_table(rows: list[Row]) -> list[str]:
         if row.title in own:
             base = partner(row.title, own)
             found = quality.estimate({base: own[base], row.title: own[row.title]})[row.title]
-            unlike = [f"{found[domain]['kl'].value:.4f}" for domain in ("docs", "code", "prose", "model")
-                      if domain in found]  # fmt: skip
             kl = found[quality.ALL]["kl"]
-            beside = "" if base == row.title else f"{kl.difference:+.4f}, {kl.low:+.4f} to {kl.high:+.4f}"
-            words += [f"{kl.value:.4f} ± {kl.error:.4f}", " / ".join(unlike), beside,
+            places = digits(kl.value)
+            unlike = [f"{found[domain]['kl'].value:.{places}f}" for domain in ("docs", "code", "prose", "model")
+                      if domain in found]  # fmt: skip
+            signed = (f"{each:+.{places}f}" for each in (kl.difference, kl.low, kl.high))
+            beside = "" if base == row.title else "{}, {} to {}".format(*signed)
+            words += [f"{kl.value:.{places}f} ± {kl.error:.{places}f}", " / ".join(unlike), beside,
                       f"{found[quality.ALL]['top1'].value:.1%}"]  # fmt: skip
         lines.append(words + [""] * (7 - len(words)))
     head = ["tool, recipe", "seconds", "GB", "KL", "docs / code / prose / model", "KL beside ours", "same top token"]
@@ -130,7 +142,7 @@ class Point(NamedTuple):
 
     def cells(self) -> list[str]:
         """Of a table."""
-        return [label(self.title), f"{self.kl:.4f}", f"{self.seconds:.0f}"]
+        return [label(self.title), f"{self.kl:.{digits(self.kl)}f}", f"{self.seconds:.0f}"]
 
 
 def points(rows: Sequence[Row]) -> list[Point]:

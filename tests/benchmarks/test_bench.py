@@ -79,7 +79,7 @@ def test_a_cell_is_run_judged_and_kept(float_folder: Path, tmp_path: Path, monke
     assert kl > 0.001
     page.write(found, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
-    assert f"{kl:.4f}" in text
+    assert f"{kl:.{page.digits(kl)}f}" in text
     assert "failed: no / wheel" in text
     assert "![Time against KL divergence](page/small-llama-w4g64-4x32.svg)" in text
     assert (tmp_path / "page" / "small-llama-w4g64-4x32.svg").stat().st_size > 1000
