@@ -24,6 +24,8 @@ from autoround.formats.packed import PackedLinear, StoredLinear
 from autoround.formats.packed_experts import PackedExperts
 from autoround.formats.stored import METHODS, Stored, stored
 from autoround.model.buffers import refill
+from autoround.model.gguf import open_gguf, read_config
+from autoround.model.gguf_rope import rope_of
 from autoround.model.load import gguf_file
 from autoround.model.names import Pieces, match_names
 from autoround.model.oddities import mark_experts
@@ -185,6 +187,9 @@ def load(
 
 def _load_gguf(file: Path, dtype: torch.dtype | str, device: torch.device | str | int | None) -> PreTrainedModel:
     read_tensors(file)  # refuses damaged files with a message
+    config = read_config(open_gguf(file))
+    scaled = rope_of(config).get("rope_type", "default") != "default"
+    own = {"config": config} if scaled else {}  # else as transformers reads it
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             file.parent,
@@ -192,6 +197,7 @@ def _load_gguf(file: Path, dtype: torch.dtype | str, device: torch.device | str 
             dtype=dtype,
             device_map=device,
             quantization_config=GgufConfig(dequantize=True),
+            **own,
         )
     except (ValueError, OSError, NotImplementedError) as error:
         cause = str(error).partition("\n")[0]

@@ -4,6 +4,7 @@ import struct
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy
@@ -14,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from autoround.errors import ModelError
+from autoround.model.gguf_rope import add_scaled_rope
 from autoround.model.names import Pieces, written_names
 from autoround.model.source import StoredNames
 
@@ -23,10 +25,15 @@ _STACK = "_exps."
 
 @dataclass(frozen=True, kw_only=True)
 class GgufFile:
-    """A GGUF file: its architecture by llama.cpp's name, and its tensors by name, mapped into memory."""
+    """A GGUF file: its architecture by llama.cpp's name, and its tensors by name, mapped into memory.
+
+    Attributes:
+        rope: what its metadata says of rotary positions, by the names below ``ARCHITECTURE.rope.``.
+    """
 
     path: Path
     architecture: str
+    rope: dict[str, Any]
     tensors: dict[str, ReaderTensor]
 
 
@@ -41,24 +48,28 @@ def open_gguf(path: Path) -> GgufFile:
     try:
         reader = GGUFReader(path)
         architecture = str(reader.fields["general.architecture"].contents())
+        below = f"{architecture}.rope."
+        rope = {key.removeprefix(below): own.contents() for key, own in reader.fields.items() if key.startswith(below)}
     except (ValueError, IndexError, KeyError, struct.error, OSError) as error:
         raise ModelError(
             f"{path}: found a damaged or truncated file ({error}); needed a complete GGUF file; download it again"
         ) from error
-    return GgufFile(path=path, architecture=architecture, tensors={tensor.name: tensor for tensor in reader.tensors})
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    return GgufFile(path=path, architecture=architecture, rope=rope, tensors=tensors)
 
 
 def read_config(file: GgufFile) -> PreTrainedConfig:
-    """Configuration that transformers makes of a GGUF file's metadata.
+    """Configuration that transformers makes of a file's metadata, with scaled rotary positions, which it leaves out.
 
     Raises:
-        ModelError: transformers does not know the architecture.
+        ModelError: transformers does not know the architecture, or a configuration cannot say how positions are scaled.
     """
     try:
         settings, _ = PreTrainedConfig.get_config_dict(file.path.parent, gguf_file=file.path.name)
         config: PreTrainedConfig = AutoConfig.for_model(**settings)
     except (ValueError, KeyError) as error:
         raise _unknown(file, error) from error
+    add_scaled_rope(config, file.rope, file.tensors, str(file.path))
     return config
 
 
