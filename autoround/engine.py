@@ -308,7 +308,8 @@ class Run:
         )
         folder, restart = self.journal_folder, self.recipe.overwrite or self.recipe.restart
         journal = open_journal(folder, manifest, restart=restart)
-        named = dataclasses.replace(self.recipe, model=(self._origin or {}).get("model", ""))
-        named = dataclasses.replace(named, restart=False, overwrite=False)  # what is done is not to be done again
+        model = (self._origin or {}).get("model", "")
+        # what is done is not to be done again
+        named = dataclasses.replace(self.recipe, model=model, restart=False, overwrite=False)
         config.write(named, folder / config.NAME)
         return journal

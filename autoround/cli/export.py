@@ -52,7 +52,8 @@ def run(values: Mapping[str, Any]) -> str:
     from autoround.cli.quantize import check
 
     unused = [name for name in ("model", "revision", "cache_dir", "token") if name in values]
-    if unused and (Path(source) / "config.json").is_file():
+    checkpoint = (Path(source) / "config.json").is_file()
+    if unused and checkpoint:
         raise UsageError(f"export: found --{unused[0]} for a checkpoint; needed none: it is for journals; leave it out")
     recipe = Recipe(**given(values, SETTINGS))
     check(recipe)
@@ -71,7 +72,7 @@ def run(values: Mapping[str, Any]) -> str:
             if "quiet" not in values:
                 screen.note(f"export: {name} in {folder}")
 
-        if (Path(source) / "config.json").is_file():
+        if checkpoint:
             folders = export_checkpoint(source, target, trust_remote_code=recipe.trust_remote_code, on_format=tell)
         else:
             folders = export_journal(source, target, model=recipe.model or None, recipe=recipe, on_format=tell)

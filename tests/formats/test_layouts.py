@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from autoround import func
 from autoround.errors import FormatError, UsageError
 from autoround.formats.registry import get_format, rules
-from autoround.formats.stored import stored
 from autoround.formats.writer import untie
 from autoround.func import IntCodes, QuantSpec
 from autoround.plan import BlockShape, LayerShape, Plan, Structure
@@ -324,17 +323,6 @@ def test_layers_kept_in_one_block() -> None:
 
 def test_fake_has_no_config() -> None:
     assert get_format("fake").config(_plan("fake")) is None
-
-
-def test_columns_out_of_order_are_refused_by_the_config() -> None:
-    def config(order: str | None) -> dict[str, Any]:
-        weights = {"num_bits": 4, "group_size": 32, "actorder": order}
-        return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
-
-    for order in (None, "static", "weight"):
-        assert stored(config(order), "folder").group_sizes == {32}
-    with pytest.raises(FormatError, match="folder: found actorder 'group'; needed columns in order"):
-        stored(config("group"), "folder")
 
 
 def test_parts_of_a_model_are_untied_as_well() -> None:
