@@ -52,10 +52,11 @@ def seconds_of(blank: BlankRun, written: int) -> Seconds:
     around = _START + (read + 2 * written) / _BYTES_A_SECOND
     compiled, learns = run.numerics.compiler is not None, bool(blank.templates)
     weights = sum(block.weights for block in run.plan.blocks)
-    quantized = bool(weights and run.plan.specs)
-    rounding = weights * _round_seconds(blank) if quantized else 0.0
-    if recipe.searches_clips and quantized:
-        rounding += weights * _search_seconds(blank) * (COMPILED_SEARCH if compiled else 1)
+    rounding = 0.0
+    if weights and run.plan.specs:
+        rounding = weights * _round_seconds(blank)
+        if recipe.searches_clips:
+            rounding += weights * _search_seconds(blank) * (COMPILED_SEARCH if compiled else 1)
     step = forward = hessians = moving = 0.0
     if learns:
         sample = _sample(blank)
