@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from autoround import __version__
-from autoround.backends.base import BACKENDS, Backend, select
+from autoround.backends.base import BACKENDS, select
 from autoround.errors import UsageError
 
 LIBRARIES = ("torch", "transformers", "datasets", "safetensors", "gguf", "lm-eval", "accelerate")
@@ -93,15 +93,8 @@ def _device(name: str) -> Iterator[Finding]:
     rates = {dtype: rate(device, dtype) for dtype in dict.fromkeys((torch.float32, chosen))}
     told = ", ".join(f"{str(dtype).removeprefix('torch.')} {each / 1e9:,.0f} GFLOP/s" for dtype, each in rates.items())
     best = max(rates, key=lambda dtype: rates[dtype])
-    yield Finding(name, f"{_title(backend, device)}: {told}; computes in {str(chosen).removeprefix('torch.')}",
+    yield Finding(name, f"{backend.title(device)}: {told}; computes in {str(chosen).removeprefix('torch.')}",
                   "" if best == chosen else f"{best} multiplies faster here")  # fmt: skip
-
-
-def _title(backend: Backend, device: torch.device) -> str:
-    if backend.name == "cuda":
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
-    sets = [name for name, has in torch.cpu.get_capabilities().items() if has is True]
-    return f"{torch.get_num_threads()} threads, {' '.join(sets) or platform.machine()}"
 
 
 def _versions(names: tuple[str, ...]) -> Iterator[str]:

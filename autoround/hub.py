@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from autoround.errors import FormatError, ModelError
+from autoround.formats.bits import PERIOD
 from autoround.formats.gguf.container import read_tensors
 from autoround.formats.packed import PackedLinear, StoredLinear
 from autoround.formats.packed_experts import PackedExperts
@@ -236,6 +237,11 @@ def _layer(linear: nn.Module, tensors: dict[str, Tensor], layout: Stored, path: 
     in_features, out_features = linear.weight.shape if isinstance(linear, Conv1D) else reversed(linear.weight.shape)
     spec = layout.spec(tensors, in_features, path)
     if layout.zero_offset is None:
+        if out_features % PERIOD or in_features % PERIOD:
+            raise FormatError(
+                f"{path}: found {out_features}x{in_features} weights; needed multiples of {PERIOD}, in which packed "
+                "layers compute; load it with the library that wrote it"
+            )
         return StoredLinear(tensors, layout=layout, spec=spec, bias=linear.bias)
     layer = PackedLinear(tensors, zero_offset=layout.zero_offset, bias=linear.bias)
     if (layer.out_features, layer.in_features) != (out_features, in_features):

@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 import autoround
 from autoround.backends.cpu import CPU
 from autoround.evaluate.scores import score
+from autoround.formats.packed import PackedLinear
 from benchmarks import domains, machine
 
 FLOAT, ALL = "float", "all"
@@ -85,12 +86,12 @@ def judge(
         followed_BT = tokens_D[indices_B, None] > torch.arange(tokens_BT.shape[1] - 1, device=device)
         next_P = tokens_BT[:, 1:][followed_BT]
         owner_P = indices_B.repeat_interleave(followed_BT.sum(1))
-        expected_PV = _logits(reference, tokens_BT, followed_BT)
+        expected_PV = _logits(reference, tokens_BT, followed_BT).float().log_softmax(-1)
         for name, model in models.items():
             found_PV = expected_PV if model is reference else _logits(model, tokens_BT, followed_BT)
             chunks = (each.split(CHUNK) for each in (expected_PV, found_PV, next_P, owner_P))
             for expected_CV, found_CV, next_C, owner_C in zip(*chunks, strict=True):
-                scores = score(expected_CV.float().log_softmax(-1), found_CV.float().log_softmax(-1), next_C)
+                scores = score(expected_CV, found_CV.float().log_softmax(-1), next_C)
                 sums[name].index_add_(1, owner_C, torch.stack([field.double() for field in scores]))
     return {name: DocumentScores(tokens_D.cpu(), *own.cpu()) for name, own in sums.items()}
 
@@ -110,6 +111,17 @@ def _logits(model: nn.Module, tokens_BT: Tensor, followed_BT: Tensor) -> Tensor:
     with torch.inference_mode():
         logits_BTV: Tensor = model(input_ids=tokens_BT, use_cache=False).logits[:, :-1]
         return logits_BTV[followed_BT]
+
+
+def dense(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, whose packed layers are replaced by dense ones, which do not dequantize in every call."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):
+            linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(module.dequantize().t().to(model.dtype).contiguous(), requires_grad=False)
+            linear.bias = module.bias
+            model.set_submodule(path, linear)
+    return model
 
 
 def draw(sizes: Sequence[int], *, seed: int = 0) -> list[Tensor]:
@@ -189,7 +201,7 @@ def score_checkpoints(
     tokenizer = AutoTokenizer.from_pretrained(reference)
     share = -(-tokens // len(names))
     rows = {name: domains.read(name, reference, tokenizer, tokens=share) for name in names}
-    models = {path: autoround.load(path, dtype=dtype).eval() for path in checkpoints}
+    models = {path: dense(autoround.load(path, dtype=dtype).eval()) for path in checkpoints}
     found = judge(autoround.load(reference, dtype=dtype).eval(), models, [row for own in rows.values() for row in own])
     sizes = [len(own) for own in rows.values()]
     parts = {name: zip(*(field.split(sizes) for field in own), strict=True) for name, own in found.items()}

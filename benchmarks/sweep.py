@@ -1,7 +1,7 @@
 """Which settings reach which quality: many recipes on one model, judged alike; how defaults are chosen.
 
-``python -m benchmarks.sweep [--groups NAME …] [--bits N …] [--seeds N …] [--blocks N] [--rows N] [--jobs N] [--minutes
-N] [--device NAME] [--folder FOLDER]`` quantizes SmolLM2 (dithered), or its first blocks, by each variant of the named
+``python -m benchmarks.sweep [--model NAME] [--groups NAME …] [--bits N …] [--seeds N …] [--blocks N] [--rows N] [--jobs
+N] [--minutes N] [--device NAME] [--folder FOLDER]`` quantizes a model, or its first blocks, by each variant of the named
 groups and prints KL divergence from the float model in four domains, and seconds a block without the first one.
 Variants are shared among ``--jobs`` processes on one device: their times then say nothing, the divergences are the
 same. What a variant found is a line of ``FOLDER/sweep-JOB.jsonl`` and is not computed again.
@@ -26,10 +26,10 @@ from autoround import func
 from autoround.engine import quantize
 from autoround.journal import Journal
 from autoround.recipe import Recipe
-from benchmarks import domains, machine, quality
-from benchmarks.cells import DATA, Place
+from benchmarks import cells, domains, machine, quality
+from benchmarks.cells import DATA, GROUP_SIZE, Place
 
-MODEL, GROUP_SIZE = "smollm2-dithered", 64
+MODELS = [name for name, _, _ in cells.RUNS]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +85,8 @@ def groups(bits: int) -> dict[str, list[Variant]]:
         "momentum": _variants(bits, iters=(25,), momentum=(0.5, 0.9), lr=(0.02, 0.04)),
         "pace": _paced(bits, (25, 8), (50, 4), (100, 2), parts=(0.25, 0.5, 1.0)),
         "compensated": _paced(bits, (25, 8), (50, 4), parts=(0.0625, 0.125, 0.25, 0.5), compensate=True),
+        "compensated200": _paced(bits, (200, 8), parts=(0.0625, 0.125, 0.25, 0.5), compensate=True),
+        "start200": _variants(bits, iters=(200,), clip_search=both, keep=("best", "last")),
         "adam": _variants(bits, iters=(25,), adam=(True,), lr=(0.01, 0.02, 0.04)),
         "keep": _variants(bits, iters=(25,), keep=("best",)),
         "apart": _variants(bits, iters=(25,), lr=(0.04,), parallel=("data", "blocks")),
@@ -99,10 +101,10 @@ class Texts:
     documents: dict[str, list[list[int]]]
 
 
-def read_texts(place: Place, seed: int, *, tokens: int) -> tuple[Path, Texts]:
+def read_texts(place: Place, model: str, seed: int, *, tokens: int) -> tuple[Path, Texts]:
     """The model's folder and its texts, made where they are not there yet."""
-    job = place.job(MODEL, place.folder, bits=4, data=DATA, seed=seed, iters=None)
-    file = place.folder / "calibration" / f"{MODEL}-documents-{tokens}.json"
+    job = place.job(model, place.folder, bits=4, data=DATA, seed=seed, iters=None)
+    file = place.folder / "calibration" / f"{model}-documents-{tokens}.json"
     if not file.exists():
         tokenizer, share = AutoTokenizer.from_pretrained(job.source), -(-tokens // len(domains.DOMAINS))
         rows = {name: domains.read(name, job.source, tokenizer, tokens=share) for name in domains.DOMAINS}
@@ -147,7 +149,7 @@ def work(options: argparse.Namespace) -> None:
     for variant in waiting[options.job :: options.jobs]:
         if time.monotonic() > end:
             return
-        source, texts = read_texts(place, variant.seed, tokens=options.tokens)
+        source, texts = read_texts(place, options.model, variant.seed, tokens=options.tokens)
         if reference is None:
             reference, candidate = load(source, device), load(source, device)
         losses, seconds = try_variant(variant, source, texts, candidate, options)
@@ -184,7 +186,8 @@ def chosen(options: argparse.Namespace) -> list[Variant]:
 def name(variant: Variant, options: argparse.Namespace) -> str:
     """Of a variant on this much of the model and the data, at the rate that it takes where none is set."""
     rate = Recipe(**dict(variant.settings)).learning_rate(variant.bits)
-    return f"{variant.name} rate={rate:g} blocks={options.blocks} rows={options.rows} tokens={options.tokens}"
+    amount = f"blocks={options.blocks} rows={options.rows} tokens={options.tokens}"
+    return f"{options.model} {variant.name} rate={rate:g} {amount}"
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -196,13 +199,14 @@ def results(folder: Path) -> list[dict[str, Any]]:
 def line(found: dict[str, Any]) -> str:
     """One variant's figures."""
     kl = found["kl"]
-    own = " / ".join(f"{kl[name]:.4f}" for name in domains.DOMAINS)
-    return f"KL {kl['all']:.4f} ({own})  {found['seconds']:6.2f} s a block  {found['name']}"
+    own = " / ".join(f"{kl[name]:.3g}" for name in domains.DOMAINS)
+    return f"KL {kl['all']:.4g} ({own})  {found['seconds']:6.2f} s a block  {found['name']}"
 
 
 def main() -> None:
     """Parse options, start the processes, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="smollm2-dithered")
     parser.add_argument("--groups", nargs="+", choices=list(groups(4)), default=list(groups(4)), metavar="NAME")
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of calibration rows and batches")
@@ -220,7 +224,7 @@ def main() -> None:
         work(options)
         return
     print(machine.describe(), flush=True)
-    read_texts(Place(folder=options.folder), 0, tokens=options.tokens)
+    read_texts(Place(folder=options.folder), options.model, 0, tokens=options.tokens)
     command = [sys.executable, "-m", "benchmarks.sweep", *sys.argv[1:], "--jobs", str(options.jobs), "--done",
                *(each["name"] for each in results(options.folder))]  # fmt: skip
     processes = [subprocess.Popen([*command, "--job", str(job)]) for job in range(options.jobs)]

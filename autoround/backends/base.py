@@ -87,6 +87,14 @@ class Backend(Protocol):
         """Memory that a device has in all, in bytes; None where that is not known, or the host's."""
         ...
 
+    def free_device_bytes(self, device: torch.device) -> int | None:
+        """Memory of a device that nobody uses, in bytes; None where that is not known, or the host's."""
+        ...
+
+    def title(self, device: torch.device) -> str:
+        """What the device is, in a few words."""
+        ...
+
     def release_memory(self) -> None:
         """Hand memory that was freed back to the system."""
         ...

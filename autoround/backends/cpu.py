@@ -1,6 +1,7 @@
 """The CPU."""
 
 import os
+import platform
 import shutil
 import sys
 
@@ -60,6 +61,17 @@ class CpuBackend:
         """It has the host's memory."""
         del device  # the only one
         return None
+
+    def free_device_bytes(self, device: torch.device) -> int | None:
+        """It has the host's memory."""
+        del device
+        return None
+
+    def title(self, device: torch.device) -> str:
+        """How many threads compute, and with which instructions."""
+        del device
+        sets = [name for name, has in torch.cpu.get_capabilities().items() if has is True]
+        return f"{torch.get_num_threads()} threads, {' '.join(sets) or platform.machine()}"
 
     def release_memory(self) -> None:
         """Glibc's allocator keeps what was freed between two live pieces until it is told to give it back."""

@@ -40,6 +40,18 @@ class GpuBackend(Accelerator):
         """All of the memory of one of them, whoever uses it, so that a run that goes on finds the same."""
         return int(self._torch.get_device_properties(device).total_memory)
 
+    def free_device_bytes(self, device: torch.device) -> int | None:
+        """Free memory as its driver tells it; not all drivers of Intel GPUs do."""
+        try:
+            free, _ = self._torch.mem_get_info(device)
+        except RuntimeError:
+            return None
+        return int(free)
+
+    def title(self, device: torch.device) -> str:
+        """How many there are, and the name of one."""
+        return f"{self.count()} x {self._torch.get_device_name(device)}"
+
     def release_memory(self) -> None:
         """Empty torch's cache of freed memory."""
         gc.collect()

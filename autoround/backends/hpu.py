@@ -39,6 +39,16 @@ class HpuBackend(Accelerator):
         del device  # all alike
         return None
 
+    def free_device_bytes(self, device: torch.device) -> int | None:
+        """Not asked for either."""
+        del device
+        return None
+
+    def title(self, device: torch.device) -> str:
+        """How many there are, and the name of one."""
+        del device
+        return f"{self.count()} x {_bridge().get_device_name()}"
+
     def release_memory(self) -> None:
         """The bridge keeps no cache that could be emptied; Python's garbage may hold tensors."""
         gc.collect()

@@ -99,7 +99,7 @@ def _shortages(bare: BlankRun, memory: Memory, disk: int, free: Room) -> Iterato
     """What does not fit, with flags that make it fit."""
     if memory.host > free.host:
         yield Shortage(what="memory", needed=memory.host, free=free.host, flags=_flags(bare, free, memory.process))
-    if memory.device > free.device:
+    if free.device is not None and memory.device > free.device:
         yield Shortage(
             what="device memory", needed=memory.device, free=free.device, flags=_flags(bare, free, memory.process)
         )
@@ -117,7 +117,7 @@ def _flags(bare: BlankRun, free: Room, process: int) -> tuple[str, ...]:
     for settings in _remedies(bare.run.recipe, accelerated=bare.run.device.type != "cpu"):
         given |= settings
         memory = memory_of(_again(bare, given), process)
-        if memory.host <= free.host and memory.device <= free.device:
+        if memory.host <= free.host and (free.device is None or memory.device <= free.device):
             return tuple(f"--{name}" if value is True else f"--{name} {value}" for name, value in given.items())
     return ()
 

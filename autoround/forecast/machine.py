@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from autoround.backends.base import load
 from autoround.backends.host import free_bytes
 from autoround.forecast.types import Room
 
@@ -18,6 +19,6 @@ def room(folder: Path, device: torch.device) -> Room:
     """
     bounds = free_bytes()
     limit = min(bounds, key=lambda name: bounds[name])
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    free = load(device.type).free_device_bytes(device)
     parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     return Room(host=max(bounds[limit], 0), host_limit=limit, device=free, disk=shutil.disk_usage(parent).free)

@@ -73,13 +73,13 @@ class Room:
     Attributes:
         host: memory that a process may still take.
         host_limit: what sets that bound: "this machine", "its control group" or "the limit of this process".
-        device: memory of the device; 0 where that is the CPU.
+        device: memory of the device; None where that is the CPU, or where it is not known.
         disk: on the disk of the output folder.
     """
 
     host: int
     host_limit: str
-    device: int
+    device: int | None
     disk: int
 
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import autoround
 from autoround.evaluate import compare
+from autoround.formats.packed import PackedLinear
 from benchmarks import quality
 from benchmarks.quality import ALL, FLOAT, DocumentScores
 
@@ -64,6 +66,14 @@ def test_tokens_count_alike_over_all_domains() -> None:
     own = quality.estimate({"model": {"a": short, "b": long}})["model"]
     assert own[ALL]["kl"].value == pytest.approx((1 * 50 + 2 * 150) / 200)
     assert own["a"]["kl"].error == pytest.approx(0, abs=1e-12)
+
+
+def test_dense_layers_compute_what_packed_ones_do(quantized_folder: Path) -> None:
+    tokens_BT = torch.arange(3, 15)[None]
+    packed, made = (autoround.load(quantized_folder, dtype="float32") for _ in range(2))
+    made = quality.dense(made)
+    assert not any(isinstance(module, PackedLinear) for module in made.modules())
+    torch.testing.assert_close(made(tokens_BT).logits, packed(tokens_BT).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_command_scores_packed_and_float_checkpoints(

@@ -104,7 +104,7 @@ def foretell(recipe: Recipe, *, probe: bool = True) -> tuple[Forecast, ...]:
                           others=2_000_000, outside_codes=0, host=1_500_000_000, device=0),
             disk=101_000_000,
             seconds=Seconds(step=0.5, block=101, compiling=30, around=100, total=332) if probe else None,
-            room=Room(host=1_000_000_000, host_limit="its control group", device=0, disk=2_000_000_000),
+            room=Room(host=1_000_000_000, host_limit="its control group", device=None, disk=2_000_000_000),
             shortages=(Shortage(what="memory", needed=1_500_000_000, free=1_000_000_000, flags=flags),),
         ),
     )  # fmt: skip

@@ -19,6 +19,7 @@ from autoround.backends.gpu import CUDA, XPU
 from autoround.backends.hpu import HPU
 from autoround.engine import Run, quantize
 from autoround.errors import JournalError, UsageError
+from autoround.forecast.machine import room
 from autoround.journal import MANIFEST, Journal
 from tests.engine.small import TOKENS, make, pin, recipe, stopped
 
@@ -130,6 +131,12 @@ class FakeAccelerator:
     def get_device_properties(self, device: torch.device) -> SimpleNamespace:
         return SimpleNamespace(total_memory=2000 + device.index)
 
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        return 500 + device.index, 2000 + device.index
+
+    def get_device_name(self, device: torch.device | None = None) -> str:
+        return "fake"
+
     def empty_cache(self) -> None:
         self.calls.append("empty_cache")
 
@@ -146,8 +153,20 @@ def test_intel_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert XPU.compile_helps(10**9)
     assert XPU.memory_bytes() == 2001
     assert XPU.device_bytes(torch.device("xpu", 1)) == 2001
+    assert room(Path(), torch.device("xpu", 1)).device == 501
+    assert XPU.title(torch.device("xpu", 1)) == "2 x fake"
     XPU.release_memory()
     assert fake.calls == ["empty_cache"]
+
+
+def test_drivers_that_do_not_tell_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: torch.device) -> tuple[int, int]:
+        raise RuntimeError("the driver does not tell")
+
+    fake = FakeAccelerator()
+    monkeypatch.setattr(fake, "mem_get_info", refuse)
+    monkeypatch.setattr(torch, "xpu", fake)
+    assert room(Path(), torch.device("xpu", 0)).device is None
 
 
 def test_gaudi(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +181,8 @@ def test_gaudi(monkeypatch: pytest.MonkeyPatch) -> None:
     assert HPU.compile_helps(10**9)
     assert HPU.memory_bytes() == 2001
     assert HPU.device_bytes(torch.device("hpu", 1)) is None
+    assert room(Path(), torch.device("hpu", 1)).device is None
+    assert HPU.title(torch.device("hpu", 1)) == "2 x fake"
     HPU.release_memory()
 
 
@@ -180,6 +201,8 @@ def test_every_backend_answers_what_the_engine_asks(name: str) -> None:
     assert backend.attention(64) in ("eager", "sdpa")
     assert backend.memory_bytes() >= 0
     assert (backend.device_bytes(device) or 1) > 0
+    assert (backend.free_device_bytes(device) or 0) <= (backend.device_bytes(device) or 0)
+    assert backend.title(device)
     backend.release_memory()
 
 

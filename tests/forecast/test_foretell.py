@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_told_with_flags_that_do(saved: Path, monkeypatch: 
     monkeypatch.setattr(foretelling, "_process_bytes", lambda: 400_000_000)
     whole = planned(saved, **settings)
     assert whole.shortages == ()
-    tight = Room(host=whole.memory.host - 1, host_limit="its control group", device=0, disk=whole.disk - 1)
+    tight = Room(host=whole.memory.host - 1, host_limit="its control group", device=None, disk=whole.disk - 1)
     monkeypatch.setattr(foretelling, "room", lambda folder, device: tight)
     found = planned(saved, **settings)
     memory, disk = found.shortages
@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_told_with_flags_that_do(saved: Path, monkeypatch: 
 
 def test_where_no_flag_helps_it_is_said(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        foretelling, "room", lambda folder, device: Room(host=1, host_limit="x", device=0, disk=1 << 40)
+        foretelling, "room", lambda folder, device: Room(host=1, host_limit="x", device=None, disk=1 << 40)
     )
     assert "no flag would make it fit" in as_text(planned(saved))
 
