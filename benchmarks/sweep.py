@@ -1,8 +1,8 @@
 """Which settings reach which quality: many recipes on one model, judged alike; how defaults are chosen.
 
 ``python -m benchmarks.sweep [--model NAME] [--groups NAME …] [--bits N …] [--seeds N …] [--blocks N] [--rows N] [--jobs
-N] [--minutes N] [--device NAME] [--folder FOLDER]`` quantizes a model, or its first blocks, by each variant of the named
-groups and prints KL divergence from the float model in four domains, and seconds a block without the first one.
+N] [--minutes N] [--device NAME] [--folder FOLDER]`` quantizes a model, or its first blocks, by each variant of the
+named groups and prints KL divergence from the float model in four domains, and seconds a block without the first one.
 Variants are shared among ``--jobs`` processes on one device: their times then say nothing, the divergences are the
 same. What a variant found is a line of ``FOLDER/sweep-JOB.jsonl`` and is not computed again.
 """
@@ -81,6 +81,7 @@ def groups(bits: int) -> dict[str, list[Variant]]:
         "rate": _variants(bits, iters=(25,), lr=(0.0025, 0.005, 0.01, 0.02, 0.04)),
         "rate50": _paced(bits, (50, 8), parts=(0.25, 0.5, 1.0)),
         "rate200": _paced(bits, (200, 8), parts=(0.25, 0.5, 1.0, 2.0)),
+        "half200": _paced(bits, (200, 8), parts=(0.5, 1.0)),
         "clips": _variants(bits, iters=(25,), minmax_lr=(0.01, 0.02, 0.08)),
         "momentum": _variants(bits, iters=(25,), momentum=(0.5, 0.9), lr=(0.02, 0.04)),
         "pace": _paced(bits, (25, 8), (50, 4), (100, 2), parts=(0.25, 0.5, 1.0)),
