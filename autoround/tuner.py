@@ -125,8 +125,7 @@ class BlockTuner:
                 aim_NTD = self._passes.outputs(trained_fn, float_tensors, inputs.template, x_NTD, room)
         compiled()  # the search compiles too, and torch compiles one thing at a time
         start = _without_offsets(self._start(weights, observed.moments, specs))
-        candidates = func.relaxed(start) if observed.hessians and self._recipe.searches_clips else [start]
-        tuned, start = func.compensate(weights.tuned, candidates, observed.hessians, specs)
+        tuned = func.compensate(weights.tuned, start, observed.hessians, specs)
         weights = weights._replace(tuned=fusion.merge(tuned))
         del float_tensors, tuned
         result = self._take_steps(trained_fn, fusion, weights, start, partial(self._batches, index, inputs, aim_NTD))

@@ -57,9 +57,6 @@ def measured(rows: int, seqlen: int) -> list[tuple[str, float, bool]]:
         """Of the three inputs of the width of the block, and of the wide one."""
         return lambda: [gram(inputs[width]) for width in (576, 576, 576, 1536)]
 
-    def compensation(candidates: list[func.Params]) -> Callable[[], object]:
-        return lambda: func.compensate(weights.tuned, candidates, of_layers, specs)
-
     return [
         ("forward pass", milliseconds(forward(block_fn)), True),
         ("  compiled", milliseconds(forward(compiled)), True),
@@ -68,8 +65,7 @@ def measured(rows: int, seqlen: int) -> list[tuple[str, float, bool]]:
         ("  whole", milliseconds(grams(lambda x_MI: x_MI.float().T @ x_MI.float())), True),
         ("  in bfloat16, sums rounded", milliseconds(grams(lambda x_MI: (x_MI.T @ x_MI).float())), True),
         ("clip search", milliseconds(lambda: init.search_params(weights, moments, specs)), False),
-        ("compensation, the best of three clips", milliseconds(compensation(func.relaxed(params))), False),
-        ("  one", milliseconds(compensation([params])), False),
+        ("compensation", milliseconds(lambda: func.compensate(weights.tuned, params, of_layers, specs)), False),
         ("  two factors in float64 of each Hessian", milliseconds(lambda: [_two_factors(own_II) for own_II in
                                                                   (*[hessians[576]] * 3, hessians[1536])]), False),
     ]  # fmt: skip

@@ -20,7 +20,7 @@ from autoround.forecast.blank import BlankRun, mapped
 from autoround.forecast.count import ByteCount, without_data
 from autoround.forecast.types import BlockNeed, Memory
 from autoround.func import Codes, init
-from autoround.func.compensate import Columns, compensate, relaxed
+from autoround.func.compensate import compensate
 from autoround.model.finish import read_weight
 from autoround.model.read import read_block
 from autoround.recipe import Recipe
@@ -160,15 +160,9 @@ class Countable(BlockTuner):
         if self._recipe.searches_clips:
             for spec, path in {spec: path for path, spec in specs.items()}.items():
                 init.search_clips(func.Prepared(*(field[:1] for field in weights.tuned[path])), None, spec)
-        candidates = relaxed(start) if self._recipe.searches_clips else [start]
-        compensate(weights.tuned, candidates, self._hessians, specs, rounding=_unrounded)
+        compensate(weights.tuned, start, self._hessians, specs, rounding=lambda columns, spec: None)
         self._hessians = {}
         return start
-
-
-def _unrounded(columns: Columns, spec: func.WeightSpec) -> Tensor:
-    del spec
-    return columns.weight_IO.new_zeros(columns.weight_IO.shape[1])
 
 
 def _means(blank: BlankRun) -> tuple[Recipe, Numerics, list[torch.device]]:

@@ -151,7 +151,7 @@ def _compensation_seconds(sample: _Sample) -> tuple[float, float]:
     with_them, without = (_timed(partial(observed, hessians=each), device) for each in (True, False))
     found, params = observed(hessians=True).hessians, func.init_params(sample.weights.tuned)
     start = time.perf_counter()
-    func.compensate(sample.weights.tuned, func.relaxed(params), found, sample.specs)
+    func.compensate(sample.weights.tuned, params, found, sample.specs)
     _wait(device)
     return max(with_them - without, 0.0) / sample.rows, time.perf_counter() - start
 
