@@ -6,7 +6,7 @@
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ Written by `make bench` from `benchmarks/results/bench.json`; definitions of all
 Whole processes on an otherwise idle machine, compile caches cold, the same calibration rows for every tool. Figures are
 medians over seeds with the smallest and the largest in brackets; peak memory is that of the process. KL divergence from
 the float model, in nats per token, is judged in float32 on four domains (`benchmarks/domains.py`): means over seeds,
-and differences with 95% intervals, bootstrapped over documents and paired.
+and differences with 95% intervals, bootstrapped over documents and paired. Each row tells the commits it was run at.
 """
 Group = Mapping[str, Any]
 
@@ -56,6 +56,19 @@ def digits(value: float) -> int:
     (4, 4, 6)
     """
     return max(4, 2 - math.floor(math.log10(max(value, 1e-12))))
+
+
+def commits(cells: Sequence[Group]) -> str:
+    """The commits that cells were run at, in the order of their days."""
+    return ", ".join(dict.fromkeys(cell["commit"] for cell in sorted(cells, key=lambda cell: str(cell["day"]))))
+
+
+def machines(cells: Sequence[Group]) -> list[str]:
+    """A line for each machine and its software, with the days it ran."""
+    days: dict[str, set[str]] = {}
+    for cell in cells:
+        days.setdefault(cell["machine"], set()).add(cell["day"])
+    return [f"- {machine}; {' to '.join(sorted({min(own), max(own)}))}" for machine, own in sorted(days.items())]
 
 
 def mean_scores(cells: Sequence[Group]) -> dict[str, quality.DocumentScores]:
@@ -102,7 +115,8 @@ def run_table(rows: list[Row]) -> list[str]:
     for row in sorted(rows, key=lambda row: (row.title.split(".", 1)[1], row.title)):
         title = label(row.title)
         if not row.done:
-            lines.append([title, "failed: " + row.cells[0]["error"].replace("|", "/")[-160:], *[""] * 5])
+            failed = "failed: " + row.cells[0]["error"].replace("|", "/")[-160:]
+            lines.append([title, failed, *[""] * 5, commits(row.cells)])
             continue
         costs = [cell["cost"] for cell in row.done]
         words = [title, spread([cost["seconds"] for cost in costs]),
@@ -118,8 +132,9 @@ def run_table(rows: list[Row]) -> list[str]:
             beside = "" if base == row.title else "{}, {} to {}".format(*signed)
             words += [f"{kl.value:.{places}f} ± {kl.error:.{places}f}", " / ".join(unlike), beside,
                       f"{found[quality.ALL]['top1'].value:.1%}"]  # fmt: skip
-        lines.append(words + [""] * (7 - len(words)))
-    head = ["tool, recipe", "seconds", "GB", "KL", "docs / code / prose / model", "KL beside ours", "same top token"]
+        lines.append([*words, *[""] * (7 - len(words)), commits(row.done)])
+    head = ["tool, recipe", "seconds", "GB", "KL", "docs / code / prose / model", "KL beside ours", "same top token",
+            "commit"]  # fmt: skip
     return table(head, lines)
 
 
@@ -175,16 +190,21 @@ def partner(title: str, judged: Mapping[str, object]) -> str:
     return next((each for each in (f"{OURS}.{recipe}", f"{OURS}.default") if each in judged), title)
 
 
-def slope_table(found: Mapping[str, list[Row]], label: Callable[[str], str]) -> list[str]:
-    """Milliseconds of a step, and ratios between tools where both ran."""
-    lines = []
+def slope_table(found: Mapping[str, list[Row]]) -> list[str]:
+    """Milliseconds of a step, and ratios between tools where both ran, else to the first row."""
+    lines, first, compared = [], 0.0, any(row.title == THEIRS for rows in found.values() for row in rows)
     for key, rows in found.items():
         times = {row.title: [1e3 * cell["step_seconds"] for cell in row.done] for row in rows if row.done}
-        words = [label(key), *(spread(times[tool], 1) if tool in times else "" for tool in (OURS, THEIRS))]
-        both = OURS in times and THEIRS in times
-        words.append(f"{statistics.median(times[THEIRS]) / statistics.median(times[OURS]):.2f}" if both else "")
-        lines.append(words)
-    return table(["", "autoround, ms a step", "auto-round 0.16.1, ms a step", "ratio"], lines)
+        middle = {tool: statistics.median(own) for tool, own in times.items()}
+        first = first or middle.get(OURS, 0.0)
+        shown = [spread(times[tool], 1) if tool in times else "" for tool in (OURS, THEIRS)]
+        if compared:
+            words = [*shown, f"{middle[THEIRS] / middle[OURS]:.2f}" if len(middle) == 2 else ""]
+        else:
+            words = [shown[0], f"{middle[OURS] / first:.2f}" if OURS in middle else ""]
+        lines.append([f"`{key}`", *words, commits([cell for row in rows for cell in row.done])])
+    head = ["auto-round 0.16.1, ms a step", "ratio"] if compared else ["times the first"]
+    return table(["", "autoround, ms a step", *head, "commit"], lines)
 
 
 def step_table(results: Group) -> list[str]:
@@ -199,9 +219,9 @@ def step_table(results: Group) -> list[str]:
         times = [spread([1e3 * own[field] for own in warm], 1) for field in ("step", "bound")]
         firsts = [spread([cell[start]["first"] for cell in cells], 1) for start in ("cold", "warm")]
         fraction, rate = spread([own["fraction"] for own in warm], 2), spread([own["square_rate"] for own in warm])
-        lines.append([key, *times, fraction, rate, *firsts])
+        lines.append([key, *times, fraction, rate, *firsts, commits(cells)])
     head = ["", "step, ms", "its matrix products alone, ms", "fraction", "square product, GFLOP/s",
-            "first step, cold, s", "first step, warm cache, s"]  # fmt: skip
+            "first step, cold, s", "first step, warm cache, s", "commit"]  # fmt: skip
     return table(head, lines) if lines else []
 
 
@@ -235,16 +255,14 @@ def plot(title: str, rows: list[Row], file: Path) -> bool:
 
 def write(results: Group, file: Path) -> None:
     """Write the page, and its plots into a folder of the page's name beside it."""
-    lines = [HEAD]
-    machines = sorted({f"{cell['machine']} (commit {cell['commit']}, {cell['day']})" for cell in results.values()})
-    lines += [f"- {each}" for each in machines]
+    lines = [HEAD, *machines(list(results.values()))]
     if steps := step_table(results):
         lines += ["\n## One step and its bound\n", *steps]
     titles = {"pace": "Steps of one block, compiled, in whole runs", "depth": "Blocks", "width": "Columns",
               "tokens": "Tokens in a row", "cores": "Threads"}  # fmt: skip
     for topic, title in titles.items():
         if found := groups(results, topic):
-            lines += [f"\n## {title}\n", *slope_table(found, lambda key: f"`{key}`")]
+            lines += [f"\n## {title}\n", *slope_table(found)]
     for key, rows in groups(results, "run").items():
         lines += [f"\n## Whole runs: {key.replace('/', ', ')}\n", *run_table(rows)]
         lines += ["", f"Judged on {judged_tokens(rows):,} predicted tokens; runs of a recipe: one per seed."]

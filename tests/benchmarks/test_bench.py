@@ -147,7 +147,12 @@ def test_page_of_steps_and_slopes(tmp_path: Path) -> None:
     results["step/w4g64/seed1"]["warm"] = start | {"fraction": 0.9}
     for tool, seconds in (("autoround", 0.1), ("auto-round", 0.19)):
         results[f"pace/smollm2-blocks-1/w4g64/32x256/{tool}/seed0"] = {"step_seconds": seconds, **about}
+    for width, seconds, commit in ((384, 0.07, "abc"), (768, 0.28, "def")):
+        own = about | {"commit": commit, "day": "yesterday"}
+        results[f"width/llama-width-{width}/w4g64/32x256/autoround/seed0"] = {"step_seconds": seconds, **own}
     page.write(results, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
+    assert "- a machine; today to yesterday" in text
+    assert "| `llama-width-768/w4g64/32x256` | 280.0 | 4.00 | def |" in text
     assert "| w4g64 | 100.0 (100.0–100.0) | 80.0 (80.0–80.0) | 0.85 (0.80–0.90) | 400 (400–400) |" in text
-    assert "| `smollm2-blocks-1/w4g64/32x256` | 100.0 | 190.0 | 1.90 |" in text
+    assert "| `smollm2-blocks-1/w4g64/32x256` | 100.0 | 190.0 | 1.90 | abc |" in text
