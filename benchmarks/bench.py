@@ -29,7 +29,7 @@ from benchmarks.cost import Failed
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "bench.json", ROOT / "docs" / "benchmarks.md"
 RESULT, QUALITY = "result.json", "quality.json"
-# Predicted tokens of the judge over all domains; one checkpoint of SmolLM2, whose vocabulary is large, takes 40 s.
+# Predicted tokens of the judge over all domains; one checkpoint of SmolLM2, whose vocabulary is large, takes 35 s.
 TOKENS = {"small-llama": 52_000, "smollm2-dithered": 12_000}
 # Checkpoints that are in memory together while they are judged.
 TOGETHER = 8

@@ -75,7 +75,7 @@ def mean_scores(cells: Sequence[Group]) -> dict[str, quality.DocumentScores]:
     """Sums of documents, averaged over the seeds that are judged; empty where none is."""
     judged = [cell["quality"]["documents"] for cell in cells if "quality" in cell]
     found = {}
-    for domain in judged[0] if judged else ():
+    for domain in sorted(judged[0]) if judged else ():  # as files have them, so that draws do not depend on the order
         fields = zip(*([own[domain][key] for key in quality.DocumentScores._fields] for own in judged), strict=True)
         found[domain] = quality.DocumentScores(*(torch.tensor(each, dtype=torch.float64).mean(0) for each in fields))
     return found
@@ -199,7 +199,8 @@ def slope_table(found: Mapping[str, list[Row]]) -> list[str]:
         first = first or middle.get(OURS, 0.0)
         shown = [spread(times[tool], 1) if tool in times else "" for tool in (OURS, THEIRS)]
         if compared:
-            words = [*shown, f"{middle[THEIRS] / middle[OURS]:.2f}" if len(middle) == 2 else ""]
+            both = OURS in middle and THEIRS in middle
+            words = [*shown, f"{middle[THEIRS] / middle[OURS]:.2f}" if both else ""]
         else:
             words = [shown[0], f"{middle[OURS] / first:.2f}" if OURS in middle else ""]
         lines.append([f"`{key}`", *words, commits([cell for row in rows for cell in row.done])])

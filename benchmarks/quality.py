@@ -91,7 +91,8 @@ def judge(
             found_PV = expected_PV if model is reference else _logits(model, tokens_BT, followed_BT)
             chunks = (each.split(CHUNK) for each in (expected_PV, found_PV, next_P, owner_P))
             for expected_CV, found_CV, next_C, owner_C in zip(*chunks, strict=True):
-                scores = score(expected_CV, found_CV.float().log_softmax(-1), next_C)
+                log_CV = expected_CV if model is reference else found_CV.float().log_softmax(-1)
+                scores = score(expected_CV, log_CV, next_C)
                 sums[name].index_add_(1, owner_C, torch.stack([field.double() for field in scores]))
     return {name: DocumentScores(tokens_D.cpu(), *own.cpu()) for name, own in sums.items()}
 
