@@ -4,8 +4,8 @@ Cells run one after the other on an idle machine, whole processes with cold comp
 JSON file in ``FOLDER/cells`` and is not run again: the same command goes on where it stopped; remove the folder of a
 cell to run it anew. Then all new checkpoints are judged, some of one model at a time, and the results are laid over
 those of ``benchmarks/results/bench.json``, from which the page is made. A tool that fails stays in the table with its
-error, and so does a checkpoint that cannot be judged. Scores on other text than the newest ones of their model are left
-out, since they do not compare.
+error, and so does a checkpoint that cannot be judged. Scores on other text than the newest ones of the same model, bits
+and data are left out, since they do not compare.
 """
 
 import argparse
@@ -22,15 +22,15 @@ from typing import Any
 import torch
 
 from autoround.errors import AutoRoundError
-from benchmarks import cells, machine, models, page, quality
+from benchmarks import cells, domains, machine, models, page, quality
 from benchmarks.cells import Cell, Place
 from benchmarks.cost import Failed
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "bench.json", ROOT / "docs" / "benchmarks.md"
 RESULT, QUALITY = "result.json", "quality.json"
-# Predicted tokens of the judge over all domains; one checkpoint of SmolLM2, whose vocabulary is large, takes 35 s.
-TOKENS = {"small-llama": 52_000, "smollm2-dithered": 12_000}
+# Predicted tokens of the judge over all domains; one checkpoint of SmolLM2, whose vocabulary is large, takes 150 s.
+TOKENS = 52_000
 # Checkpoints that are in memory together while they are judged.
 TOGETHER = 8
 
@@ -76,12 +76,12 @@ def write(file: Path, found: dict[str, Any]) -> None:
     unfinished.replace(file)
 
 
-def judge_all(chosen: Sequence[Cell], place: Place, *, tokens: Mapping[str, int]) -> None:
+def judge_all(chosen: Sequence[Cell], place: Place, *, tokens: int) -> None:
     """Judge whole runs that are not yet judged on so many tokens; in float32, in which packed layers are exact."""
     waiting: dict[str, list[tuple[Path, str]]] = {}
     for cell in chosen:
         folder = place.of(cell.name)
-        if isinstance(cell, cells.Run) and (folder / RESULT).exists() and not judged(folder, tokens[cell.model]):
+        if isinstance(cell, cells.Run) and (folder / RESULT).exists() and not judged(folder, tokens):
             checkpoint = json.loads((folder / RESULT).read_text()).get("checkpoint")
             if checkpoint:
                 waiting.setdefault(cell.model, []).append((folder, checkpoint))
@@ -90,7 +90,7 @@ def judge_all(chosen: Sequence[Cell], place: Place, *, tokens: Mapping[str, int]
         for start in range(0, len(own), TOGETHER):
             part = own[start : start + TOGETHER]
             print(f"judging {len(part)} of {model}, {start + len(part)} of {len(own)}", flush=True)
-            judge(reference, part, tokens[model])
+            judge(reference, part, tokens)
 
 
 def judged(folder: Path, tokens: int) -> bool:
@@ -102,7 +102,7 @@ def judge(reference: Path, part: Sequence[tuple[Path, str]], tokens: int) -> Non
     """Judge checkpoints of one model together, or each alone where one of them cannot be read."""
     try:
         scores = quality.score_checkpoints(
-            reference, [path for _, path in part], tokens=tokens, names=quality.domains.DOMAINS, dtype=torch.float32
+            reference, [path for _, path in part], tokens=tokens, names=domains.DOMAINS, dtype=torch.float32
         )
     except AutoRoundError as error:
         for each in part if len(part) > 1 else ():
@@ -128,7 +128,7 @@ def collect(place: Place, results: Path) -> dict[str, Any]:
                 own["quality"] = json.loads((folder / QUALITY).read_text())
             found[cell.name] = own
     for name in unlike(found, place):
-        print(f"{name}: judged on other text than the newest of its model; its scores are left out", flush=True)
+        print(f"{name}: judged on other text than the newest beside it; its scores are left out", flush=True)
         del found[name]["quality"]
     lines = (f"{json.dumps(name)}: {json.dumps(found[name], sort_keys=True)}" for name in sorted(found))
     results.write_text("{\n" + ",\n".join(lines) + "\n}\n")
@@ -136,11 +136,11 @@ def collect(place: Place, results: Path) -> dict[str, Any]:
 
 
 def unlike(found: Mapping[str, Any], place: Place) -> list[str]:
-    """Cells that are judged on other documents than those of the folder, or than the newest where it has none."""
+    """Cells judged on other documents than those in the folder, or than the newest, of their model, bits and data."""
     texts: dict[str, dict[str, Any]] = {}
     for name, cell in found.items():
         if "quality" in cell:
-            texts.setdefault(name.split("/")[1], {})[name] = {
+            texts.setdefault(name.rsplit("/", 2)[0], {})[name] = {
                 domain: own["tokens_D"] for domain, own in cell["quality"]["documents"].items()
             }
     wrong = []
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the cells and which are done, then stop")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "autoround-bench",
                         help="for models, cells and checkpoints")  # fmt: skip
-    parser.add_argument("--tokens", type=int, help=f"predicted tokens of the judge, over all domains; else {TOKENS}")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="predicted ones, over all domains of the judge")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args()
@@ -170,8 +170,7 @@ def main() -> None:
             print(f"{number}/{len(chosen)} {cell.name}", flush=True)
             run_cell(cell, place)
     if not options.list:
-        tokens = TOKENS if options.tokens is None else dict.fromkeys(TOKENS, options.tokens)
-        judge_all(chosen, place, tokens=tokens)
+        judge_all(chosen, place, tokens=options.tokens)
         page.write(collect(place, options.results), options.page)
 
 

@@ -67,7 +67,7 @@ def test_a_cell_is_run_judged_and_kept(float_folder: Path, tmp_path: Path, monke
     place, results = Place(folder=tmp_path), tmp_path / "bench.json"
     (place.of(CELL.name)).mkdir(parents=True)
     bench.run_cell(CELL, place)
-    bench.judge_all([CELL], place, tokens={CELL.model: 1000})
+    bench.judge_all([CELL], place, tokens=1000)
     earlier = {"run/small-llama/w4g64/4x32/auto-round.rtn/seed0": {"error": "no | wheel", **bench.about()}}
     results.write_text(json.dumps(earlier))
     found = bench.collect(place, results)
