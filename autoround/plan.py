@@ -28,6 +28,7 @@ class LayerShape:
         whole: checkpoints hold all its experts in one tensor.
         fixed: why it stays in high precision whatever anybody wants; empty where it need not.
         nontext: it belongs to a tower for images, or to what joins that to the language model.
+        stored: names of a stack's matrices in a checkpoint, expert by expert; empty where it is stored whole.
     """
 
     path: str
@@ -40,6 +41,7 @@ class LayerShape:
     whole: bool = False
     fixed: str = ""
     nontext: bool = False
+    stored: tuple[tuple[str, ...], ...] = ()
 
     @property
     def parameter(self) -> str:
@@ -48,13 +50,13 @@ class LayerShape:
 
     @property
     def pieces(self) -> tuple[tuple[str, ...], ...]:
-        """Names of the matrices of a stack that checkpoints hold whole, where a layout stores them one by one.
+        """Names of a stack's matrices where a layout stores them one by one: as stored, or after the stack.
 
         >>> LayerShape(path="mlp.experts.down_proj", out_features=16, in_features=8, experts=2, whole=True).pieces
         (('mlp.experts.0.down_proj.weight',), ('mlp.experts.1.down_proj.weight',))
         """
         module, _, stack = self.path.rpartition(".")
-        return tuple((f"{module}.{expert}.{stack}.weight",) for expert in range(self.experts))
+        return self.stored or tuple((f"{module}.{expert}.{stack}.weight",) for expert in range(self.experts))
 
     @property
     def rows(self) -> int:
@@ -179,6 +181,7 @@ class Plan:
         blocks: in call order.
         outside: layers outside the blocks.
         notes: decisions worth telling the user, one line each.
+        absent: paths of modules in the checkpoint that the model does not have, whose weights are copied.
     """
 
     architecture: str
@@ -186,6 +189,7 @@ class Plan:
     blocks: tuple[BlockPlan, ...]
     outside: tuple[LayerPlan, ...]
     notes: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
 
     @property
     def parts(self) -> tuple[BlockPlan, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from autoround.formats import awq_layout, gptq_layout
+from autoround.formats.layer_names import absent, named
 from autoround.formats.rules import RULES
 from autoround.func.types import IntCodes
 from autoround.plan import FormatRules, Plan
@@ -48,8 +49,9 @@ class AutoAwq:
             "sym": plan.spec.sym,
             "zero_point": True,
         }
-        if kept := [layer.shape.path for layer in plan.layers.values() if layer.spec is None]:
-            config["modules_to_not_convert"] = kept
+        fates = named((layer.shape, layer.spec is None) for layer in plan.layers.values())
+        if kept := [*(name for name, is_kept in fates if is_kept), *absent(plan)]:
+            config["modules_to_not_convert"] = [name.path or name.pattern for name in kept]
             config["dynamic"] = gptq_layout.exclusions(kept)
         return config
 

@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from autoround.formats import awq_layout, gptq_layout
+from autoround.formats.layer_names import Name, absent, named
 from autoround.formats.rules import RULES
 from autoround.func.types import IntCodes
 from autoround.plan import FormatRules, Plan, holds
-from autoround.spec import QuantSpec
+from autoround.spec import QuantSpec, WeightSpec
 
 ZERO_MINUS_ONE, AWQ, TRUE_ZERO, TRUE_ZERO_GIDX = (
     "auto_round:auto_gptq",
@@ -60,7 +61,8 @@ class AutoRound:
 
     def config(self, plan: Plan) -> dict[str, Any]:
         """``extra_config`` names, by their exact paths, layers of blocks that differ from the whole and those outside
-        that are quantized, with all their settings: vLLM takes a layer whose bits are not told for a float one."""
+        that are quantized, with all their settings: vLLM takes a layer whose bits are not told for a float one. Keys
+        for stacks of experts and for modules that the model does not have are patterns, which are searched for."""
         config: dict[str, Any] = {
             "quant_method": "auto-round",
             "packing_format": self.packing,
@@ -74,18 +76,21 @@ class AutoRound:
 
 
 def _exceptions(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Path -> settings of layers that differ from the plan's own or are outside the blocks."""
-    usual = gptq_layout.settings(plan.spec)
-    exceptions: dict[str, dict[str, Any]] = {}
-    for layer in (layer for block in plan.blocks for layer in block.layers):
-        if layer.spec is None:
-            exceptions[layer.shape.path] = {"bits": 16, "data_type": "fp"}
-        elif (own := gptq_layout.settings(layer.spec)) != usual:
-            exceptions[layer.shape.path] = own | {"data_type": "int"}
-    for layer in plan.outside:
-        if layer.spec is not None:
-            exceptions[layer.shape.path] = gptq_layout.settings(layer.spec) | {"data_type": "int"}
-    return exceptions
+    """Path or pattern -> settings of layers that differ from the plan's own or are outside the blocks."""
+    usual = _settings(plan.spec)
+    inside = named((layer.shape, _settings(layer.spec)) for block in plan.blocks for layer in block.layers)
+    exceptions = {_key(name): own for name, own in inside if own != usual}
+    exceptions |= {_key(name): _settings(None) for name in absent(plan)}
+    outside = {layer.shape.path: _settings(layer.spec) for layer in plan.outside if layer.spec is not None}
+    return exceptions | outside
+
+
+def _key(name: Name) -> str:
+    return name.path if name.exact else f"^{name.pattern}$"
+
+
+def _settings(spec: WeightSpec | None) -> dict[str, Any]:
+    return {"bits": 16, "data_type": "fp"} if spec is None else gptq_layout.settings(spec) | {"data_type": "int"}
 
 
 AUTO_ROUND = AutoRound()

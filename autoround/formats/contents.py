@@ -1,7 +1,8 @@
 """What a written checkpoint holds: which tensors are kept, which are replaced by codes, and under what names."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -14,7 +15,7 @@ from autoround.formats.types import Format
 from autoround.func.block import transposed_weights
 from autoround.func.rounding import dequantize
 from autoround.func.types import IntCodes
-from autoround.plan import LayerShape, Plan
+from autoround.plan import LayerPlan, LayerShape, Plan
 from autoround.spec import GgufSpec, QuantSpec, WeightSpec
 
 if TYPE_CHECKING:
@@ -149,6 +150,11 @@ class Contents:
                     own = codes[relative]
                     yield path, spec, own if rows is None else type(own)(*(field[rows] for field in own))
 
+    @cached_property
+    def config(self) -> dict[str, Any] | None:
+        """What configurations say of the layout, with names as they are in the files."""
+        return self.form.config(self._named_plan)
+
     @property
     def untied(self) -> dict[str, str]:
         """Quantized layers that shared a weight -> the module that keeps it."""
@@ -174,6 +180,26 @@ class Contents:
             return False
         return not isinstance(self.model.skeleton.get_submodule(path), nn.Linear | nn.Embedding)
 
+    @property
+    def _named_plan(self) -> Plan:
+        """The plan, whose stacks of experts know the names of their matrices, and what the model does not have."""
+
+        def named(layer: LayerPlan) -> LayerPlan:
+            stored = self.model.source.pieces(layer.shape.parameter) if layer.shape.experts else ()
+            return replace(layer, shape=replace(layer.shape, stored=stored)) if stored else layer
+
+        blocks = (replace(block, layers=tuple(map(named, block.layers))) for block in self.plan.blocks)
+        return replace(self.plan, blocks=tuple(blocks), absent=self._absent)
+
+    @property
+    def _absent(self) -> tuple[str, ...]:
+        """Paths of the modules of extra tensors, as far up as the model does not have them."""
+        skeleton = self.model.skeleton
+        modules = {name for name, _ in skeleton.named_modules()}
+        modules |= {name.removeprefix(f"{skeleton.base_model_prefix}.") for name in modules}
+        paths = (itertools.accumulate(name.split(".")[:-1], "{}.{}".format) for name in self.model.source.extra())
+        return tuple(dict.fromkeys(next(path for path in own if path not in modules) for own in paths))
+
     @cached_property
     def _stacks(self) -> dict[str, str]:
         """Path of each matrix of a quantized stack of experts -> name of the parameter."""
@@ -183,7 +209,7 @@ class Contents:
     @cached_property
     def _whole(self) -> dict[str, tuple[int, str]]:
         """Stacks that an ordinary checkpoint holds in one tensor: parameter -> number of its part, path in that."""
-        if self.form.config(self.plan) is not None:
+        if self.config is not None:
             return {}
         return {
             layer.shape.parameter: (index, layer.shape.path.removeprefix(part.prefix))
@@ -248,7 +274,7 @@ class Contents:
         self, path: str, spec: WeightSpec, shape: tuple[int, int], weight_dtype: torch.dtype
     ) -> dict[str, Tensor]:
         """Shapes and dtypes of what the layout makes of a layer of this shape."""
-        if isinstance(spec, GgufSpec) or self.form.config(self.plan) is None:
+        if isinstance(spec, GgufSpec) or self.config is None:
             return {"weight": _head(shape, weight_dtype)}
         groups = shape[0], shape[1] // spec.group_of(shape[1])
         scale_OG = torch.ones(groups, dtype=getattr(torch, spec.scale_dtype))

@@ -9,7 +9,6 @@ Legend: O output features, I input features, G groups in a row.
 | scales  | scale dtype | (G, O)             |
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from autoround.errors import FormatError
 from autoround.formats.bits import pack_stream, unpack_stream
+from autoround.formats.layer_names import Name, absent, named
 from autoround.func.types import IntCodes
 from autoround.plan import Plan
 from autoround.spec import QuantSpec
@@ -66,13 +66,13 @@ def check_half_scales(codes: IntCodes) -> None:
         raise FormatError(f"found {codes.scale_OG.dtype} scales; needed float16; use --scale_dtype float16")
 
 
-def exclusions(paths: Iterable[str]) -> dict[str, dict[str, Any]]:
+def exclusions(names: Iterable[Name]) -> dict[str, dict[str, Any]]:
     """The ``dynamic`` setting of a quantization config that leaves layers out, as GPTQModel reads it.
 
-    >>> exclusions(["lm_head"])
+    >>> exclusions([Name("lm_head", "lm_head")])
     {'-:^lm_head$': {}}
     """
-    return {f"-:^{re.escape(path)}$": {} for path in paths}
+    return {f"-:^{name.pattern}$": {} for name in names}
 
 
 def settings(spec: QuantSpec) -> dict[str, Any]:
@@ -85,13 +85,15 @@ def settings(spec: QuantSpec) -> dict[str, Any]:
 
 
 def overrides(plan: Plan) -> dict[str, dict[str, Any]]:
-    """The ``dynamic`` setting for layers inside the blocks that are kept or differ from the plan's spec."""
-    dynamic: dict[str, dict[str, Any]] = {}
-    for layer in (layer for block in plan.blocks for layer in block.layers):
-        if layer.spec is None:
-            dynamic |= exclusions([layer.shape.path])
-        elif (own := settings(layer.spec)) != settings(plan.spec):
-            dynamic[f"+:^{re.escape(layer.shape.path)}$"] = own
+    """The ``dynamic`` setting for layers that are kept or differ from the plan's spec: inside the blocks, and of
+    modules that the model does not have."""
+    usual, dynamic = settings(plan.spec), exclusions(absent(plan))
+    fates = ((layer.shape, layer.spec and settings(layer.spec)) for block in plan.blocks for layer in block.layers)
+    for name, own in named(fates):
+        if own is None:
+            dynamic |= exclusions([name])
+        elif own != usual:
+            dynamic[f"+:^{name.pattern}$"] = own
     return dynamic
 
 

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from autoround.errors import FormatError
 from autoround.formats.bits import pack_stream, unpack_stream
+from autoround.formats.layer_names import absent, named
 from autoround.formats.rules import RULES
 from autoround.func.types import IntCodes
 from autoround.plan import FormatRules, Plan
-from autoround.spec import WHOLE_ROW, QuantSpec
+from autoround.spec import WHOLE_ROW, QuantSpec, WeightSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,9 +66,10 @@ class LlmCompressor:
 
     def config(self, plan: Plan) -> dict[str, Any]:
         """Layers of one spec are the target of one group; where there are several, each names its layers."""
-        members: dict[QuantSpec, list[str]] = defaultdict(list)
-        for path, spec in plan.specs.items():
-            members[spec].append(path)
+        members: dict[WeightSpec | None, list[str]] = defaultdict(list)
+        for name, spec in named((layer.shape, layer.spec) for layer in plan.layers.values()):
+            members[spec].append(name.path if name.exact else f"re:{name.pattern}$")
+        kept = [*members.pop(None, []), *(f"re:{name.pattern}$" for name in absent(plan))]
         groups = {
             f"group_{index}": {
                 "targets": ["Linear"] if len(members) == 1 else paths,
@@ -82,7 +84,7 @@ class LlmCompressor:
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": [layer.shape.path for layer in plan.layers.values() if layer.spec is None],
+            "ignore": kept,
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }

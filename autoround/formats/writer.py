@@ -232,7 +232,7 @@ def _write_side_files(contents: Contents, folder: Path) -> None:
         untie(settings)
     if contents.target is not None or not settings.get("dtype"):
         settings["dtype"] = str(contents.target or _float_dtype(model.source)).removeprefix("torch.")
-    if (config := contents.form.config(contents.plan)) is not None:
+    if (config := contents.config) is not None:
         settings["quantization_config"] = config
         for name in contents.form.config_copies:
             _write_json(folder / name, config)

@@ -18,6 +18,7 @@ from tests.clients.cases import Case, Make
 from tests.clients.environments import client_python
 from tests.clients.test_loaders import NEW_TOKENS, TOLERANCE, Ours
 from tests.data.words import make_tokenizer
+from tests.engine import mixtures
 from tests.formats.quantized import quantized
 
 SCRIPT = Path(__file__).with_name("generate_vllm.py")
@@ -59,6 +60,11 @@ def _llama_with_zero_points_of_0() -> PreTrainedModel:
     return model
 
 
+def _mixture() -> PreTrainedModel:
+    return mixtures.make("qwen3_moe", vocab_size=128, hidden_size=128, num_attention_heads=2, num_key_value_heads=1,
+                         head_dim=64, moe_intermediate_size=64, max_position_embeddings=64)  # fmt: skip
+
+
 def _case(method: str, form: str, make: Make = _llama, **settings: Any) -> Case:
     return Case("vllm", form, make, settings, method, "vllm")
 
@@ -67,18 +73,21 @@ _gptq = partial(_case, "AutoGPTQLinearMethod")
 _awq = partial(_case, "AutoAWQMarlinLinearMethod", "auto_awq")
 _intel = partial(_case, "INCLinearMethod", "auto_round")
 _compressed = partial(_case, "CompressedTensorsLinearMethod", "llm_compressor")
-_KEPT = {"layers.0.mlp.down_proj": {"bits": 16}}
+_KEPT, _EXPERTS = {"layers.0.mlp.down_proj": {"bits": 16}}, {r"mlp\.experts\.": {"bits": 16}}
 
 CASES: dict[str, Case] = {
     "vllm-gptq": _gptq("auto_gptq", lambda: _llama(bias=True)),
     "vllm-gptq-whole-rows": _gptq("auto_gptq", group_size=-1),
     "vllm-gptq-kept-layers": _gptq("auto_gptq", layers=_KEPT),
+    "vllm-gptq-kept-experts": _gptq("auto_gptq", _mixture, layers=_EXPERTS),
     "vllm-gptq-v2": _gptq("gptq_v2"),
     "vllm-awq-sym": _awq(lambda: _llama(bias=True)),
     "vllm-awq-sym-kept-layers": _awq(lambda: _llama(bias=True), layers=_KEPT),
+    "vllm-awq-kept-experts": _awq(_mixture, layers=_EXPERTS),
     "vllm-awq-asym-points-of-0": _awq(_llama_with_zero_points_of_0, sym=False),
     "vllm-intel": _intel(lambda: _llama(bias=True)),
     "vllm-intel-kept-layers": _intel(layers=_KEPT),
+    "vllm-intel-kept-experts": _intel(_mixture, layers=_EXPERTS),
     "vllm-intel-mixed-groups": _intel(group_size=64),
     "vllm-intel-quantized-head": _intel(head=True),
     "vllm-intel-asym-points-of-0": _intel(_llama_with_zero_points_of_0, sym=False),
@@ -86,6 +95,7 @@ CASES: dict[str, Case] = {
     "vllm-compressed": _compressed(lambda: _llama(bias=True)),
     "vllm-compressed-whole-rows": _compressed(group_size=-1),
     "vllm-compressed-kept-layers": _compressed(layers=_KEPT),
+    "vllm-compressed-kept-experts": _compressed(_mixture, layers=_EXPERTS),
     "vllm-compressed-bfloat16-scales": _compressed(scale_dtype="bfloat16"),
     "vllm-compressed-asym-points-of-0": _compressed(_llama_with_zero_points_of_0, sym=False),
     "vllm-compressed-asym-mixed-groups": _compressed(sym=False, group_size=64, layers={"layers.0": {"sym": True}}),

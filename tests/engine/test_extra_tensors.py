@@ -1,5 +1,8 @@
-"""Heads for more tokens, and other modules that transformers' class leaves out: every folder gets them unchanged."""
+"""Heads for more tokens, and other modules that transformers' class leaves out: every folder gets them unchanged and
+says that they are not quantized."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,27 @@ def test_every_folder_has_them(name: str, tmp_path: Path) -> None:
     for folder in run.export():
         check(folder)
     load(tmp_path / "out" / "auto_round")
+
+
+def test_configurations_keep_loaders_from_taking_them_for_quantized(tmp_path: Path) -> None:
+    formats = ("auto_round", "auto_gptq", "auto_awq", "llm_compressor")
+    folders = planned("llama", tmp_path, *formats).export()
+    found = {
+        form: json.loads((folder / "config.json").read_text())["quantization_config"]
+        for form, folder in zip(formats, folders, strict=True)
+    }
+    patterns = {
+        "auto_round": [key for key, own in found["auto_round"]["extra_config"].items() if own["bits"] == 16],
+        "auto_gptq": [key.removeprefix("-:") for key in found["auto_gptq"]["dynamic"]],
+        "auto_awq": [key.removeprefix("-:") for key in found["auto_awq"]["dynamic"]],
+        "llm_compressor": [key.removeprefix("re:") for key in found["llm_compressor"]["ignore"] if "re:" in key],
+    }
+    for form, own in patterns.items():
+        for wanted in ("model.layers.2", "model.layers.2.self_attn.q_proj", "mtp.layers.0.mlp.experts"):
+            assert any(re.match(pattern, wanted) for pattern in own), (form, wanted)
+        for quantized in ("model.layers.1.self_attn.q_proj", "model.layers.20.mlp.up_proj"):
+            assert not any(re.match(pattern, quantized) for pattern in own), (form, quantized)
+    assert {"model.layers.2", "mtp"} <= set(found["auto_awq"]["modules_to_not_convert"])
 
 
 def test_they_follow_from_folder_to_folder_and_from_the_journal(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from autoround.formats.registry import get_format, rules
 from autoround.formats.writer import write_checkpoint
 from autoround.func import IntCodes, QuantSpec
 from autoround.layers import read_layer_config
-from autoround.model.blocks import structure
+from autoround.model.experts import describe
 from autoround.model.finish import head_path, read_weight
 from autoround.model.load import OpenModel, open_model
 from autoround.plan import Plan
@@ -54,10 +54,8 @@ class Quantized:
         return {name: func.quantize(prepared, params[name], specs[name]) for name, prepared in tuned.items()}
 
     def contents(self, form: str, *, dtype: str | None = None) -> Contents:
-        codes = self.blocks.__getitem__
-        return Contents(
-            model=self.model, plan=self.plan, codes=codes, form=get_format(form).suited(self.plan), dtype=dtype
-        )
+        own = get_format(form).suited(self.plan)
+        return Contents(model=self.model, plan=self.plan, codes=lambda index: self.blocks[index], form=own, dtype=dtype)
 
     def write(self, form: str, folder: Path, *, dtype: str | None = None, **options: Any) -> Path:
         write_checkpoint(self.contents(form, dtype=dtype), folder, **options)
@@ -79,6 +77,6 @@ def quantized(
     opened = open_model(model)
     spec = QuantSpec(**{"group_size": 32, **settings})
     needed = [rules(form) for form in formats or ("auto_round",)]
-    shape = replace(structure(opened.skeleton), head=head_path(opened.skeleton))
+    shape = replace(describe(opened.skeleton), head=head_path(opened.skeleton))
     own = read_layer_config(layers)
     return Quantized(opened, resolve(spec, odd_shapes, shape, needed, settings=own, head=head))
