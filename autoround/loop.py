@@ -29,10 +29,11 @@ from autoround.numerics import divided, ran_out
 from autoround.passes import Passes
 from autoround.placement import SpreadFn, as_named, fitted
 from autoround.plan import Plan
+from autoround.precision import Dtypes, cast, dtypes_of
 from autoround.progress import BlockDone, Meter
 from autoround.ranks import ALONE, Ranks, compare, turns
 from autoround.recipe import Recipe
-from autoround.tuner import MOMENT_ROWS, BlockTuner, Tuned, cast
+from autoround.tuner import MOMENT_ROWS, BlockTuner, Tuned
 
 
 @dataclass(kw_only=True)
@@ -100,6 +101,10 @@ class BlockLoop:
         """Whether blocks are tuned on float rows, each by one rank; else all ranks share the rows of each block."""
         return self.recipe.parallel == "blocks"
 
+    @property
+    def _dtypes(self) -> Dtypes:
+        return dtypes_of(self.model.skeleton, self.numerics.torch_dtype)
+
     def _make_tuner(self) -> BlockTuner:
         recipe = self.recipe
         tokens = recipe.batch_size * recipe.gradient_accumulate_steps * recipe.seqlen
@@ -109,6 +114,7 @@ class BlockLoop:
             self.devices,
             on_step=lambda done, loss: self.meter.step(done, tokens, loss),
             ranks=ALONE if self._apart else self.ranks,
+            dtypes=self._dtypes,
         )
 
     def _tuned(self, turn: range) -> Tuned | None:
@@ -151,7 +157,7 @@ class BlockLoop:
         """What the float block returns; ranks share the rows."""
         passes = Passes(batch_size=self.recipe.batch_size, devices=self.devices, ranks=self.ranks)
         with self._opened(index) as (block_fn, tensors):
-            own, room = cast(tensors, self.numerics.torch_dtype), partial(inputs.empty, "float_NTD")
+            own, room = cast(tensors, self._dtypes), partial(inputs.empty, "float_NTD")
             return passes.outputs(block_fn, own, inputs.template, inputs.stream.float_NTD, room)
 
     @contextmanager

@@ -74,7 +74,7 @@ class Passes:
         inputs: Inputs,
         *,
         rows: int,
-        hessians: bool,
+        gram: init.Gram | None,
         parts: int,
     ) -> init.Observed:
         """What the block's layers are given, as far as anybody asks; ranks share the parts.
@@ -85,7 +85,7 @@ class Passes:
             specs: of the layers to observe.
             inputs: what flows in.
             rows: how many of them, from the first on.
-            hessians: whether their Hessians are asked for.
+            gram: sums up their Hessians, where those are asked for.
             parts: into how many the rows are divided at most; they decide the order in which is added up.
         """
         if not rows:
@@ -102,7 +102,25 @@ class Passes:
         divided = [calls(batches[first:last]) for first, last in itertools.pairwise(bounds)]
         shared = count >= self.ranks.size and valid_NT.numel() < WHOLE
         total = partial(summed, self.ranks if shared else ALONE)
-        return init.observe_parts(block_fn, tensors, divided, specs, hessians=hessians, total=total)
+        return init.observe_parts(block_fn, tensors, divided, specs, gram=gram, total=total)
+
+
+def gram_of(dtype: torch.dtype) -> init.Gram:
+    """How the Hessians of layers are summed up whose inputs are of a dtype.
+
+    Products of bfloat16's numbers are exact, and are added up in float32, where a processor multiplies in bfloat16; so
+    are those that a GPU multiplies in TF32.
+    """
+    return _gram_of_bfloat16 if dtype == torch.bfloat16 else init.gram_in_tiles
+
+
+def _gram_of_bfloat16(x_MI: Tensor) -> Tensor:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        return init.gram_in_tiles(x_MI)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def bound(template: CallTemplate, x_NTD: Tensor, rows_B: Tensor, device: torch.device) -> func.Call:

@@ -22,8 +22,9 @@ from autoround.func import init
 from autoround.func.experts import also_in_turn, in_even_groups, restored
 from autoround.func.slices import CPU_WEIGHTS
 from autoround.func.types import BlockFunction
-from autoround.passes import Passes, bound, replicas
+from autoround.passes import Passes, bound, gram_of, replicas
 from autoround.placement import SpreadFn, sharers
+from autoround.precision import Dtypes, cast
 from autoround.ranks import ALONE, Ranks, owners_by_size, summed
 from autoround.recipe import Recipe
 from autoround.schedule import batch_rows, make_optimizer
@@ -64,6 +65,7 @@ class BlockTuner:
             first one does the rest, but for blocks that are spread over them.
         on_step: called with (steps done, loss reader) after every step.
         ranks: processes that tune the same blocks, each with one device, and share the rows.
+        dtypes: those of a block's tensors by name; that of ``numerics`` for all when None.
     """
 
     def __init__(
@@ -74,9 +76,11 @@ class BlockTuner:
         *,
         on_step: Callable[[int, Callable[[], float]], None],
         ranks: Ranks = ALONE,
+        dtypes: Dtypes | None = None,
     ) -> None:
         self._recipe, self._numerics, self._devices = recipe, numerics, devices
         self._dtype, self._ranks = numerics.torch_dtype, ranks
+        self._dtypes = dtypes or (lambda name: self._dtype)
         self._on_step = lambda done, loss: on_step(done, loss.item)
         self._passes = Passes(batch_size=recipe.batch_size, devices=devices, ranks=ranks)
         self._compiled: dict[Any, Any] = {}
@@ -105,8 +109,8 @@ class BlockTuner:
             nearest = {path: self.quantize_layer(path, tensors[f"{path}.weight"], own) for path, own in specs.items()}
             return Tuned(nearest, torch.zeros(0), None)
         weights = func.split_tensors(tensors, specs)
-        weights = weights._replace(frozen=cast(weights.frozen, self._dtype))
-        fusion, float_tensors = func.fuse(weights.tuned, specs), cast(tensors, self._dtype)
+        weights = weights._replace(frozen=cast(weights.frozen, self._dtypes))
+        fusion, float_tensors = func.fuse(weights.tuned, specs), cast(tensors, self._dtypes)
         compiled = self._compile_ahead(index, block_fn, fusion, weights, inputs)
         target_NTD = torch.empty(0) if inputs.target_NTD is None else inputs.target_NTD
         if self._recipe.iters and inputs.target_NTD is None:
@@ -175,8 +179,8 @@ class BlockTuner:
         """What the block's layers are given, as far as the recipe asks."""
         stacked = any(f"{path}.weight" in block_fn.stacks for path in specs)
         rows = observed_rows(self._recipe, len(inputs.valid_NT), stacked=stacked)
-        hessians, parts = self._recipe.compensates, self._numerics.micro_batches
-        return self._passes.observe(block_fn, tensors, specs, inputs, rows=rows, hessians=hessians, parts=parts)
+        gram, parts = gram_of(self._dtype) if self._recipe.compensates else None, self._numerics.micro_batches
+        return self._passes.observe(block_fn, tensors, specs, inputs, rows=rows, gram=gram, parts=parts)
 
     def _start(
         self, weights: func.BlockWeights, moments: Mapping[str, Tensor], specs: Mapping[str, func.WeightSpec]
@@ -345,8 +349,3 @@ def _starved(tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Module of experts -> bool (E,), its starved ones, of modules that have some."""
     starved = {module: own_E < STARVED_TOKENS for module, own_E in tokens.items()}
     return {module: own_E for module, own_E in starved.items() if own_E.any()}
-
-
-def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The floating-point ones in the dtype that a block computes in; the others as they are."""
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}

@@ -16,6 +16,7 @@ from torch import Tensor
 from autoround import func
 from autoround.backends.base import jit, select
 from autoround.func import init
+from autoround.passes import gram_of
 from benchmarks import machine
 from benchmarks.step import make_block, parse
 
@@ -44,7 +45,7 @@ def measured(rows: int, seqlen: int) -> list[tuple[str, float, bool]]:
     own = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     compiled = jit(lambda tensors, call: block_fn(tensors, call), compiler=backend.compiler)
     inputs = {width: torch.randn(rows * seqlen, width).to(dtype) for width in (576, 1536)}
-    hessians = {width: init._gram(x_MI.float()) for width, x_MI in inputs.items()}
+    hessians = {width: init.gram_in_tiles(x_MI.float()) for width, x_MI in inputs.items()}
     of_layers = {path: hessians[weight.weight_OGS[0].numel()] for path, weight in weights.tuned.items()}
     moments = {path: hessian_II.diagonal() for path, hessian_II in of_layers.items()}
     products = [(torch.randn(rows * seqlen, tensor.shape[1]).to(dtype), tensor.to(dtype).t())
@@ -61,8 +62,9 @@ def measured(rows: int, seqlen: int) -> list[tuple[str, float, bool]]:
         ("forward pass", milliseconds(forward(block_fn)), True),
         ("  compiled", milliseconds(forward(compiled)), True),
         ("  its linear layers alone", milliseconds(lambda: [left @ right for left, right in products]), True),
-        ("Hessians, float32, upper tiles", milliseconds(grams(lambda x_MI: init._gram(x_MI.float()))), True),
-        ("  whole", milliseconds(grams(lambda x_MI: x_MI.float().T @ x_MI.float())), True),
+        ("Hessians, upper tiles", milliseconds(grams(lambda x_MI: gram_of(dtype)(x_MI.float()))), True),
+        ("  multiplied in float32", milliseconds(grams(lambda x_MI: init.gram_in_tiles(x_MI.float()))), True),
+        ("  and whole", milliseconds(grams(lambda x_MI: x_MI.float().T @ x_MI.float())), True),
         ("  in bfloat16, sums rounded", milliseconds(grams(lambda x_MI: (x_MI.T @ x_MI).float())), True),
         ("clip search", milliseconds(lambda: init.search_params(weights, moments, specs)), False),
         ("compensation", milliseconds(lambda: func.compensate(weights.tuned, params, of_layers, specs)), False),

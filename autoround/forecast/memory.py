@@ -113,7 +113,7 @@ def _tuned(blank: BlankRun, index: int) -> tuple[int, int, int]:
         missing = -there if run.place.on_disk else all_rows - there
         stored = read_block(blank.model, block.path)
         tensors = {name: _empty(tensor, run.device) for name, tensor in stored.items()}
-        tuner = Countable(*_means(blank), on_step=lambda done, loss: None)
+        tuner = Countable(*_means(blank), on_step=lambda done, loss: None, dtypes=blank.dtypes)
         tuned = tuner.tune(index, blank.block_fn(index), tensors, block.specs, _inputs(blank, index, some.nsamples))
         codes = code_bytes(tuned.codes)
         del tuned

@@ -18,9 +18,11 @@ from autoround.forecast.types import Seconds
 from autoround.func import init
 from autoround.model.calls import CallTemplate
 from autoround.model.read import read_block
+from autoround.passes import gram_of
+from autoround.precision import cast
 from autoround.schedule import make_optimizer
 from autoround.spec import GgufSpec, QuantSpec
-from autoround.tuner import cast, lifted, observed_rows
+from autoround.tuner import lifted, observed_rows
 
 # A call is timed until this many seconds have passed, and at least once after one that is not counted.
 _SECONDS = 0.4
@@ -103,7 +105,7 @@ def _sample(blank: BlankRun) -> _Sample:
         template=blank.templates[index],
         specs=block.specs,
         weights=func.split_tensors(tensors, block.specs),
-        whole=cast(tensors, run.numerics.torch_dtype),
+        whole=cast(tensors, blank.dtypes),
         rows=min(_ROWS_AT_ONCE, run.recipe.nsamples),
     )
 
@@ -124,7 +126,7 @@ def _step_seconds(sample: _Sample) -> float:
     weights, fusion = sample.weights, func.fuse(sample.weights.tuned, sample.specs)
     optimizer = make_optimizer(recipe, 4)
     state = func.init_state(fusion.merge(func.init_params(weights.tuned)), optimizer, keep_best=recipe.keep == "best")
-    weights = func.BlockWeights(fusion.merge(weights.tuned), cast(weights.frozen, run.numerics.torch_dtype))
+    weights = func.BlockWeights(fusion.merge(weights.tuned), cast(weights.frozen, sample.blank.dtypes))
     step = func.make_step(lifted(sample.block_fn, fusion, run.numerics), fusion.specs, optimizer,
                           dtype=run.numerics.torch_dtype)  # fmt: skip
 
@@ -145,11 +147,12 @@ def _compensation_seconds(sample: _Sample) -> tuple[float, float]:
     device, batch = sample.blank.run.device, sample.batch(sample.rows)
     calls = [(batch.call, batch.valid_BT)]
 
-    def observed(*, hessians: bool) -> init.Observed:
-        return init.observe_inputs(sample.block_fn, sample.whole, calls, sample.specs, hessians=hessians)
+    def observed(gram: init.Gram | None) -> init.Observed:
+        return init.observe_inputs(sample.block_fn, sample.whole, calls, sample.specs, gram=gram)
 
-    with_them, without = (_timed(partial(observed, hessians=each), device) for each in (True, False))
-    found, params = observed(hessians=True).hessians, func.init_params(sample.weights.tuned)
+    gram = gram_of(sample.blank.run.numerics.torch_dtype)
+    with_them, without = (_timed(partial(observed, each), device) for each in (gram, None))
+    found, params = observed(gram).hessians, func.init_params(sample.weights.tuned)
     start = time.perf_counter()
     func.compensate(sample.weights.tuned, params, found, sample.specs)
     _wait(device)

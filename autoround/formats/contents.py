@@ -16,6 +16,7 @@ from autoround.func.block import transposed_weights
 from autoround.func.rounding import dequantize
 from autoround.func.types import IntCodes
 from autoround.plan import LayerPlan, LayerShape, Plan
+from autoround.precision import Dtypes, dtypes_of
 from autoround.spec import GgufSpec, QuantSpec, WeightSpec
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Contents:
         for origin, stored in self._kept_names():
             own = source.dtype(origin)
             whole = skeleton.get_parameter(origin).shape if origin in self._whole else source.shape(origin)
-            cast = own.is_floating_point and origin not in extra
+            cast = own.is_floating_point and origin not in extra and self._dtypes(origin) == self.target
             dtype = (self.target or own) if cast else own
             for name, rows in stored:
                 yield name, _head(whole if rows is None else (rows.stop - rows.start, whole[-1]), dtype)
@@ -179,6 +180,11 @@ class Contents:
         if path in self._stacks:
             return False
         return not isinstance(self.model.skeleton.get_submodule(path), nn.Linear | nn.Embedding)
+
+    @cached_property
+    def _dtypes(self) -> Dtypes:
+        """In what transformers would hold unquantized tensors."""
+        return dtypes_of(self.model.skeleton, self.target or torch.float32)
 
     @property
     def _named_plan(self) -> Plan:

@@ -7,7 +7,7 @@ B samples, T tokens, M rows of a layer's inputs, E experts of a stack.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from einops import rearrange
@@ -29,6 +29,8 @@ SINGLE_END_FACTORS = (0.7, 0.8, 0.88, 0.94, 1.0, 1.06, 1.12, 1.2)
 SLICE_ELEMENTS = 2**20
 # Side of a tile of a Hessian.
 GRAM_COLUMNS = 256
+
+Gram: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Observed(NamedTuple):
@@ -76,7 +78,7 @@ def observe_inputs(
     inputs: Iterable[tuple[Call, Tensor]],
     paths: Iterable[str],
     *,
-    hessians: bool = False,
+    gram: Gram | None = None,
 ) -> Observed:
     """``second_moments``, how many tokens each expert took, and if asked the Hessians of layers that are no stacks.
 
@@ -86,7 +88,7 @@ def observe_inputs(
     >>> observe_inputs(make_block_fn(block), block.state_dict(), [(Call((x,), {}), valid)], ["0"]).tokens
     {}
     """
-    return observe_parts(block_fn, tensors, [inputs], paths, hessians=hessians)
+    return observe_parts(block_fn, tensors, [inputs], paths, gram=gram)
 
 
 def observe_parts(
@@ -95,7 +97,7 @@ def observe_parts(
     parts: Sequence[Iterable[tuple[Call, Tensor]]],
     paths: Iterable[str],
     *,
-    hessians: bool = False,
+    gram: Gram | None = None,
     total: Callable[[Callable[[int], Any], int, Any], Any] | None = None,
 ) -> Observed:
     """``observe_inputs`` of all parts, added up as ``sum_in_pairs`` does.
@@ -105,7 +107,7 @@ def observe_parts(
         tensors: all its tensors by name.
         parts: (call, valid_BT) pairs of each part; they are asked for once at most.
         paths: the layers to observe.
-        hessians: whether their Hessians are asked for.
+        gram: inputs (M, I) of a layer -> sum of their outer products (I, I), where Hessians are asked for.
         total: as of ``accumulate``, but for trees of which nothing is known before the first part; where it asks for
             some parts only, it asks for one at least.
 
@@ -118,7 +120,7 @@ def observe_parts(
     paths, first = tuple(paths), dict[str, str]()
 
     def part(index: int) -> _Sums:
-        return _summed(block_fn, tensors, parts[index], paths, hessians=hessians, first=first)
+        return _summed(block_fn, tensors, parts[index], paths, gram=gram, first=first)
 
     sums: _Sums = sum_in_pairs(part, 0, len(parts)) if total is None else total(part, len(parts), None)
     count = int(sums.tokens)
@@ -157,7 +159,7 @@ def _summed(
     inputs: Iterable[tuple[Call, Tensor]],
     paths: tuple[str, ...],
     *,
-    hessians: bool,
+    gram: Gram | None,
     first: dict[str, str],
 ) -> _Sums:
     """Sums of one part; ``first`` is told for each layer which one is the first that is given the same."""
@@ -173,8 +175,8 @@ def _summed(
         if len(x_MI) % len(valid_M) == 0:  # else its inputs are no tokens, and all of them count
             x_MI = x_MI * valid_M.repeat_interleave(len(x_MI) // len(valid_M)).unsqueeze(-1)
         _add(sums.squares, path, x_MI.square().sum(0))
-        if hessians:
-            _add(sums.outer, path, _gram(x_MI))
+        if gram is not None:
+            _add(sums.outer, path, gram(x_MI))
 
     def observe_experts(
         path: str, valid_BT: Tensor, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
@@ -206,8 +208,12 @@ def _routed(module: nn.Module, valid_BT: Tensor, args: tuple[Tensor, ...]) -> Ro
     return observe(module, *sorted_by_expert(x_ND, valid_N))
 
 
-def _gram(x_MI: Tensor) -> Tensor:
-    """``x.T @ x``, of which only the upper triangle of its tiles is multiplied out."""
+def gram_in_tiles(x_MI: Tensor) -> Tensor:
+    """``x.T @ x``, of which only the upper triangle of its tiles is multiplied out.
+
+    >>> gram_in_tiles(torch.tensor([[1.0, 2.0]])).tolist()
+    [[1.0, 2.0], [2.0, 4.0]]
+    """
     gram_II = x_MI.new_empty(x_MI.shape[1], x_MI.shape[1])
     for start in range(0, len(gram_II), GRAM_COLUMNS):
         stop = start + GRAM_COLUMNS

@@ -8,6 +8,7 @@ from torch import Tensor
 from autoround.beside import beside
 from autoround.func.block import lay_out
 from autoround.model.load import OpenModel
+from autoround.precision import dtypes_of
 
 
 def read_block(
@@ -18,7 +19,8 @@ def read_block(
     Args:
         model: where from.
         path: the block's module path.
-        dtype: of floating-point parameters and persistent buffers; as stored when None.
+        dtype: of floating-point parameters and persistent buffers, but for those that transformers keeps in float32;
+            as stored when None.
         device: where to.
 
     Returns:
@@ -28,12 +30,13 @@ def read_block(
         ModelError: a tensor is missing.
     """
     block, stored = model.skeleton.get_submodule(path), frozenset(model.source.names())
+    dtypes = None if dtype is None else dtypes_of(model.skeleton, dtype)
     tensors = {}
     for name, tensor in (*block.named_parameters(), *block.named_buffers()):
         full = f"{path}.{name}"
         if tensor.is_meta or full in stored:
             tensor = model.source.read(full)
-            tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            tensor = tensor.to(dtypes(full)) if dtypes is not None and tensor.is_floating_point() else tensor
         tensors[name] = tensor
     return {name: tensor.to(device) for name, tensor in lay_out(block, tensors).items()}
 

@@ -21,6 +21,7 @@ from autoround.model.calls import Fresh, Hidden, Seen
 from autoround.model.load import OpenModel
 from autoround.model.skeleton import sees_images
 from autoround.model.source import WeightSource
+from autoround.precision import Dtypes, dtypes_of
 
 _HIDDEN = "hidden_states"
 # The longest tuple that models unpack what their blocks return into.
@@ -40,7 +41,7 @@ class RecordingModel:
         model: an opened model; it is not changed.
         blocks: paths of all blocks in call order.
         device: where forwards run.
-        dtype: floating-point dtype in which they run.
+        dtype: floating-point dtype in which they run, but for what transformers keeps in float32.
     """
 
     def __init__(self, model: OpenModel, blocks: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
@@ -51,12 +52,13 @@ class RecordingModel:
         self._recorders[-1].is_last = True
         memo: dict[int, object] = {id(recorder.block[0]): recorder for recorder in self._recorders}
         memo.update({id(buffer): buffer.to(device) for buffer in skeleton.buffers()})
-        for parameter in skeleton.parameters():
-            meta = parameter.to(dtype) if parameter.is_floating_point() else parameter
+        dtypes = dtypes_of(skeleton, dtype)
+        for name, parameter in skeleton.named_parameters():
+            meta = parameter.to(dtypes(name)) if parameter.is_floating_point() else parameter
             memo[id(parameter)] = nn.Parameter(meta, requires_grad=False)
         self._model: PreTrainedModel = copy.deepcopy(skeleton, memo)
         for path, module in self._model.named_modules():
-            load = partial(_load, source=model.source, path=path, device=device, dtype=dtype)
+            load = partial(_load, source=model.source, path=path, device=device, dtypes=dtypes)
             module.register_forward_pre_hook(load)
 
     def __call__(
@@ -205,7 +207,7 @@ def _fresh(leaf: Any) -> Any:
 
 
 def _load(
-    module: nn.Module, args: object, *, source: WeightSource, path: str, device: torch.device, dtype: torch.dtype
+    module: nn.Module, args: object, *, source: WeightSource, path: str, device: torch.device, dtypes: Dtypes
 ) -> None:
     """Replace a module's own meta parameters by the stored ones, and that by which a model tells its device.
 
@@ -220,7 +222,8 @@ def _load(
         own.update([next(module.named_parameters())])
     for name, parameter in own.items():
         if parameter.is_meta:
-            tensor = source.read(f"{path}.{name}" if path else name)
-            tensor = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+            full = f"{path}.{name}" if path else name
+            tensor = source.read(full)
+            tensor = tensor.to(device, dtypes(full) if tensor.is_floating_point() else tensor.dtype)
             owner, _, last = name.rpartition(".")
             setattr(module.get_submodule(owner), last, nn.Parameter(tensor, requires_grad=False))

@@ -199,7 +199,7 @@ def observed(ranks: Ranks, rows: int, parts: int, asked: list[int]) -> init.Obse
     specs = dict.fromkeys(("0", "2"), QuantSpec(bits=4, group_size=2))
     passes = Passes(batch_size=2, devices=[torch.device("cpu")], ranks=ranks)
     return passes.observe(
-        func.make_block_fn(block), block.state_dict(), specs, inputs, rows=rows, hessians=True, parts=parts
+        func.make_block_fn(block), block.state_dict(), specs, inputs, rows=rows, gram=init.gram_in_tiles, parts=parts
     )
 
 

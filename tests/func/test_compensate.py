@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from autoround import func as F
 from autoround.errors import ModelError
 from autoround.func.compensate import DAMPING
-from autoround.func.init import observe_inputs
+from autoround.func.init import gram_in_tiles, observe_inputs
 from autoround.func.rounding import grid_of
 
 SPECS: list[F.WeightSpec] = [F.QuantSpec(bits=2, group_size=32, sym=sym) for sym in (True, False)]
@@ -136,7 +136,7 @@ def test_hessians_are_observed_over_valid_tokens(monkeypatch: pytest.MonkeyPatch
     block, x, valid = Twins(), torch.randn(4, 3, 6), torch.rand(4, 3) > 0.3
     block_fn = F.make_block_fn(block)
     calls = [(F.Call((x[rows],), {}), valid[rows]) for rows in (slice(0, 2), slice(2, 4))]
-    observed = observe_inputs(block_fn, block.state_dict(), calls, ["gate", "up", "down"], hessians=True)
+    observed = observe_inputs(block_fn, block.state_dict(), calls, ["gate", "up", "down"], gram=gram_in_tiles)
     torch.testing.assert_close(observed.hessians["gate"], hessian_of(x[valid]))
     assert torch.equal(observed.hessians["gate"], observed.hessians["gate"].T)
     assert observed.hessians["up"] is observed.hessians["gate"]
