@@ -29,7 +29,7 @@ from autoround.numerics import divided, ran_out
 from autoround.passes import Passes
 from autoround.placement import SpreadFn, as_named, fitted
 from autoround.plan import Plan
-from autoround.precision import Dtypes, cast, dtypes_of
+from autoround.precision import Dtypes, cast, held_dtypes
 from autoround.progress import BlockDone, Meter
 from autoround.ranks import ALONE, Ranks, compare, turns
 from autoround.recipe import Recipe
@@ -103,7 +103,7 @@ class BlockLoop:
 
     @property
     def _dtypes(self) -> Dtypes:
-        return dtypes_of(self.model.skeleton, self.numerics.torch_dtype)
+        return held_dtypes(self.model.skeleton, self.numerics.torch_dtype)
 
     def _make_tuner(self) -> BlockTuner:
         recipe = self.recipe

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Dtypes: TypeAlias = Callable[[str], torch.dtype]
 
 
-def dtypes_of(model: "PreTrainedModel", dtype: torch.dtype) -> Dtypes:
+def held_dtypes(model: "PreTrainedModel", dtype: torch.dtype) -> Dtypes:
     """Name of a parameter or buffer -> the dtype in which ``from_pretrained(dtype=…)`` holds it, where it is a number.
 
     Biases of routers are the usual exception: bfloat16 would round them by more than they differ from each other.

@@ -20,7 +20,7 @@ from autoround.model.media import Media
 from autoround.model.names import Pieces
 from autoround.model.record import BlindError
 from autoround.model.source import WeightSource
-from autoround.precision import Dtypes, dtypes_of
+from autoround.precision import Dtypes, held_dtypes
 
 # Rows that show a call with and without its batch axis.
 _ROWS = 2
@@ -77,7 +77,7 @@ class BlankRun:
     @property
     def dtypes(self) -> Dtypes:
         """Of the tensors of blocks."""
-        return dtypes_of(self.model.skeleton, self.run.numerics.torch_dtype)
+        return held_dtypes(self.model.skeleton, self.run.numerics.torch_dtype)
 
     def block_fn(self, index: int) -> func.BlockFn:
         """A lifted block."""

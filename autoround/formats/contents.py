@@ -16,7 +16,7 @@ from autoround.func.block import transposed_weights
 from autoround.func.rounding import dequantize
 from autoround.func.types import IntCodes
 from autoround.plan import LayerPlan, LayerShape, Plan
-from autoround.precision import Dtypes, dtypes_of
+from autoround.precision import Dtypes, held_dtypes
 from autoround.spec import GgufSpec, QuantSpec, WeightSpec
 
 if TYPE_CHECKING:
@@ -184,15 +184,15 @@ class Contents:
     @cached_property
     def _dtypes(self) -> Dtypes:
         """In what transformers would hold unquantized tensors."""
-        return dtypes_of(self.model.skeleton, self.target or torch.float32)
+        return held_dtypes(self.model.skeleton, self.target or torch.float32)
 
     @property
     def _named_plan(self) -> Plan:
         """The plan, whose stacks of experts know the names of their matrices, and what the model does not have."""
 
         def named(layer: LayerPlan) -> LayerPlan:
-            stored = self.model.source.pieces(layer.shape.parameter) if layer.shape.experts else ()
-            return replace(layer, shape=replace(layer.shape, stored=stored)) if stored else layer
+            shape = layer.shape
+            return replace(layer, shape=replace(shape, stored=self._pieces(shape))) if shape.experts else layer
 
         blocks = (replace(block, layers=tuple(map(named, block.layers))) for block in self.plan.blocks)
         return replace(self.plan, blocks=tuple(blocks), absent=self._absent)
@@ -236,9 +236,12 @@ class Contents:
         if not shape.experts:
             yield shape.path, None
             return
-        pieces = self.model.source.pieces(shape.parameter) or shape.pieces
-        for name, rows in _placed(pieces, shape.out_features):
+        for name, rows in _placed(self._pieces(shape), shape.out_features):
             yield name.removesuffix(".weight"), rows
+
+    def _pieces(self, shape: LayerShape) -> tuple[tuple[str, ...], ...]:
+        """Names of the matrices of a stack, expert by expert."""
+        return self.model.source.pieces(shape.parameter) or shape.pieces
 
     def _kept_names(self) -> Iterator[tuple[str, list[tuple[str, slice | None]]]]:
         """Module name of every tensor that is not replaced, with its name in the checkpoint, or names and rows of the

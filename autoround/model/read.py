@@ -8,7 +8,7 @@ from torch import Tensor
 from autoround.beside import beside
 from autoround.func.block import lay_out
 from autoround.model.load import OpenModel
-from autoround.precision import dtypes_of
+from autoround.precision import held_dtypes
 
 
 def read_block(
@@ -30,7 +30,7 @@ def read_block(
         ModelError: a tensor is missing.
     """
     block, stored = model.skeleton.get_submodule(path), frozenset(model.source.names())
-    dtypes = None if dtype is None else dtypes_of(model.skeleton, dtype)
+    dtypes = None if dtype is None else held_dtypes(model.skeleton, dtype)
     tensors = {}
     for name, tensor in (*block.named_parameters(), *block.named_buffers()):
         full = f"{path}.{name}"

@@ -21,7 +21,7 @@ from autoround.model.calls import Fresh, Hidden, Seen
 from autoround.model.load import OpenModel
 from autoround.model.skeleton import sees_images
 from autoround.model.source import WeightSource
-from autoround.precision import Dtypes, dtypes_of
+from autoround.precision import Dtypes, held_dtypes
 
 _HIDDEN = "hidden_states"
 # The longest tuple that models unpack what their blocks return into.
@@ -52,7 +52,7 @@ class RecordingModel:
         self._recorders[-1].is_last = True
         memo: dict[int, object] = {id(recorder.block[0]): recorder for recorder in self._recorders}
         memo.update({id(buffer): buffer.to(device) for buffer in skeleton.buffers()})
-        dtypes = dtypes_of(skeleton, dtype)
+        dtypes = held_dtypes(skeleton, dtype)
         for name, parameter in skeleton.named_parameters():
             meta = parameter.to(dtypes(name)) if parameter.is_floating_point() else parameter
             memo[id(parameter)] = nn.Parameter(meta, requires_grad=False)

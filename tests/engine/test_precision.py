@@ -14,7 +14,7 @@ from autoround.journal import Journal
 from autoround.model.load import open_model
 from autoround.model.read import read_block
 from autoround.passes import gram_of
-from autoround.precision import dtypes_of
+from autoround.precision import held_dtypes
 from tests.engine import mixtures, small
 from tests.engine.small import ROWS, TOKENS, recipe
 
@@ -33,10 +33,10 @@ def one_sided() -> PreTrainedModel:
 def test_transformers_tells_what_it_keeps() -> None:
     model = one_sided()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        dtypes = dtypes_of(model, dtype)
+        dtypes = held_dtypes(model, dtype)
         assert dtypes(BIAS) == dtypes("mlp.gate.e_score_correction_bias") == torch.float32
         assert dtypes("model.layers.1.mlp.gate.weight") == dtype
-    assert dtypes_of(small.make(), torch.bfloat16)("model.layers.0.input_layernorm.weight") == torch.bfloat16
+    assert held_dtypes(small.make(), torch.bfloat16)("model.layers.0.input_layernorm.weight") == torch.bfloat16
 
 
 @pytest.mark.parametrize("iters", [0, 2])
