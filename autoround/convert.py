@@ -19,7 +19,8 @@ from autoround.model.load import CONFIG, OpenModel, folder_config
 from autoround.model.names import Pieces, match_names
 from autoround.model.skeleton import build_skeleton
 from autoround.model.source import read_headers, read_stack, stack_shape
-from autoround.plan import Plan, recorded
+from autoround.plan import Plan
+from autoround.resolve import recorded
 from autoround.spec import QuantSpec, WeightSpec
 from autoround.tensor_files import read_tensor
 

@@ -15,8 +15,9 @@ from autoround.journal import MANIFEST, ORIGIN, Journal, read_manifest
 from autoround.model.blocks import embedding
 from autoround.model.experts import describe
 from autoround.model.load import OpenModel, open_model
-from autoround.plan import Plan, check_format, recorded
+from autoround.plan import Plan, check_format
 from autoround.recipe import Recipe
+from autoround.resolve import recorded
 from autoround.sealed import digest
 from autoround.spec import spec_of
 

@@ -1,6 +1,6 @@
 """The plan: the fate of every weight, decided before any work starts. Torch-free."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from autoround.errors import UsageError
@@ -210,33 +210,6 @@ class Plan:
         return {path: layer.spec for path, layer in self.layers.items() if layer.spec is not None}
 
 
-def recorded(structure: Structure, spec: WeightSpec, specs: Mapping[str, WeightSpec]) -> Plan:
-    """The plan of codes that are there already.
-
-    Args:
-        structure: the model.
-        spec: what most layers have.
-        specs: path -> spec of every quantized layer.
-
-    Raises:
-        UsageError: a quantized layer is not one of the model's.
-    """
-    blocks = tuple(
-        BlockPlan(path=block.path, layers=tuple(_as_recorded(layer, specs) for layer in block.layers))
-        for block in structure.blocks
-    )
-    outside = tuple(
-        _as_recorded(shape, specs) if shape.path in specs else left_alone(shape) for shape in structure.outside
-    )
-    plan = Plan(architecture=structure.architecture, spec=spec, blocks=blocks, outside=outside)
-    if unknown := sorted(set(specs) - set(plan.specs)):
-        raise UsageError(
-            f"{unknown[0]}: found codes of a layer that {structure.architecture} does not have; "
-            "needed the model that was quantized; check --model"
-        )
-    return plan
-
-
 def with_extra(plan: Plan, extra: Sequence[str]) -> Plan:
     """A plan that tells what becomes of tensors of modules that the model does not have.
 
@@ -326,11 +299,6 @@ def check_group(group_size: int, rule: FormatRules, where: str) -> None:
         raise UsageError(
             f"{where}: found group_size {group_size}; needed one of {', '.join(map(str, rule.group_sizes))}"
         )
-
-
-def _as_recorded(layer: LayerShape, specs: Mapping[str, WeightSpec]) -> LayerPlan:
-    spec = specs.get(layer.path)
-    return LayerPlan(shape=layer, spec=spec, reason="" if spec else "kept when the codes were made")
 
 
 def left_alone(layer: LayerShape) -> LayerPlan:

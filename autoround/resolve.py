@@ -20,7 +20,7 @@ from autoround.plan import (
     left_alone,
     misfit,
 )
-from autoround.spec import WHOLE_ROW, QuantSpec
+from autoround.spec import WHOLE_ROW, QuantSpec, WeightSpec
 
 FITTING_GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)
 # Layers that inference servers run as one.
@@ -232,3 +232,35 @@ def _fused(blocks: Sequence[BlockPlan]) -> list[str]:
         "vLLM and SGLang run them as one layer and refuse packed formats of this model"
         for names, parents in places.items()
     ]
+
+
+def recorded(structure: Structure, spec: WeightSpec, specs: Mapping[str, WeightSpec]) -> Plan:
+    """The plan of codes that are there already.
+
+    Args:
+        structure: the model.
+        spec: what most layers have.
+        specs: path -> spec of every quantized layer.
+
+    Raises:
+        UsageError: a quantized layer is not one of the model's.
+    """
+    blocks = tuple(
+        BlockPlan(path=block.path, layers=tuple(_as_recorded(layer, specs) for layer in block.layers))
+        for block in structure.blocks
+    )
+    outside = tuple(
+        _as_recorded(shape, specs) if shape.path in specs else left_alone(shape) for shape in structure.outside
+    )
+    plan = Plan(architecture=structure.architecture, spec=spec, blocks=blocks, outside=outside)
+    if unknown := sorted(set(specs) - set(plan.specs)):
+        raise UsageError(
+            f"{unknown[0]}: found codes of a layer that {structure.architecture} does not have; "
+            "needed the model that was quantized; check --model"
+        )
+    return plan
+
+
+def _as_recorded(layer: LayerShape, specs: Mapping[str, WeightSpec]) -> LayerPlan:
+    spec = specs.get(layer.path)
+    return LayerPlan(shape=layer, spec=spec, reason="" if spec else "kept when the codes were made")
