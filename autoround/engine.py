@@ -41,6 +41,7 @@ from autoround.plan import Plan, check_head, with_extra
 from autoround.progress import BlockDone, Meter, Progress
 from autoround.ranks import agree, join
 from autoround.recipe import Recipe
+from autoround.scales import ScaleTuner
 
 TEXT_ALONE = (
     "calibration data: text alone for a model that sees images: what image tokens make its layers compute is not seen, "
@@ -125,6 +126,11 @@ class Run:
         by_module = named(recipe.device_map)
         if launch and by_module:
             raise UsageError(f"device_map: found {recipe.device_map!r}; needed devices alone, which processes share")
+        if by_module and recipe.scale_steps:
+            raise UsageError(
+                f"scale_steps: found {recipe.scale_steps} with device_map {recipe.device_map!r}; needed blocks that "
+                "lie on one device each; use --scale_steps 0"
+            )
         self._devices = of_rank(self._backend, devices, launch)
         self._device = self._devices[0]
         self.ranks = join(launch, self._backend.name)
@@ -205,6 +211,24 @@ class Run:
         if finished < len(self.plan.parts):
             yield from self._loop(journal).run(calibration, finished)
         journal.activations.drop()
+        self._tune_scales(journal, calibration)
+
+    def _tune_scales(self, journal: Journal, calibration: Calibration | None) -> None:
+        """What the recipe asks for after the last block; the first rank does it while others wait."""
+        steps = self.recipe.scale_steps if self.plan.specs else 0
+        if self._first and journal.scale_steps() != steps:
+            journal.drop_scales()
+            if steps and calibration is not None:
+                recipe, numerics = self.recipe, self._numerics
+                tuner = ScaleTuner(recipe, self.model, self.plan, numerics, self._device, journal, self._meter)
+                journal.write_scales(tuner.run(calibration), steps)
+        self.ranks.tell(None)
+
+    def _done(self, journal: Journal) -> bool:
+        """Whether nothing is left but to write files; the first rank knows."""
+        blocks = self._finished(journal) == len(self.plan.parts)
+        steps = self.recipe.scale_steps if self.plan.specs else 0
+        return blocks and self.ranks.tell(journal.scale_steps() == steps if self._first else None) is True
 
     def _rooms(self) -> dict[str, int]:
         """Bytes for one block by what sets the bound; nothing is said of blocks that several devices may share."""
@@ -236,7 +260,7 @@ class Run:
             overwrite=recipe.overwrite or output == self._output,
         )
         target.check(self.plan)
-        if self._journal is None or self._finished(self._journal) < len(self.plan.parts):
+        if self._journal is None or not self._done(self._journal):
             for _ in self:
                 pass
         assert self._journal is not None
@@ -308,6 +332,7 @@ class Run:
         )
         folder, restart = self.journal_folder, self.recipe.overwrite or self.recipe.restart
         journal = open_journal(folder, manifest, restart=restart)
+        journal.record(scale_steps=self.recipe.scale_steps)
         model = (self._origin or {}).get("model", "")
         # what is done is not to be done again
         named = dataclasses.replace(self.recipe, model=model, restart=False, overwrite=False)

@@ -11,7 +11,7 @@ from autoround.formats.contents import BlockCodes, Contents
 from autoround.formats.gguf.file import GgufFile
 from autoround.formats.registry import get_format, resolve_name, rules
 from autoround.formats.writer import check_folder, checkpoint_files, parse_size, write_checkpoint, write_folder
-from autoround.journal import MANIFEST, ORIGIN, Journal, read_manifest
+from autoround.journal import MANIFEST, ORIGIN, SCALE_STEPS, Journal, read_manifest
 from autoround.model.blocks import embedding
 from autoround.model.experts import describe
 from autoround.model.load import OpenModel, open_model
@@ -216,6 +216,11 @@ def export_journal(
     if (finished := codes.finished()) < len(plan.parts):
         raise JournalError(
             f"{folder}: found {finished} of {len(plan.parts)} blocks; needed all; repeat the command that began it"
+        )
+    if codes.scale_steps() != manifest.get(SCALE_STEPS, 0):
+        raise JournalError(
+            f"{folder}: found blocks whose scales are not tuned yet; needed those of {manifest[SCALE_STEPS]} steps; "
+            "repeat the command that began it"
         )
     target.check(plan)
     if digest((name, opened.source.read(name)) for name in sorted(opened.source.names())) != manifest["source_sha256"]:

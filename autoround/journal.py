@@ -6,6 +6,7 @@ Layout of the folder::
     run.yaml                      its settings, for ``auto-round --config``
     lock                          held by the process that works on it
     blocks/00003.safetensors      codes of block 3: ``<layer>.q_OI``, ``<layer>.scale_OG``, …, the fields of its tuple
+    scales.safetensors            scales that were tuned after the last block: ``<block>.<layer>.scale_OG``, …
     activations/                  inputs of the block after the last finished one: see ``autoround.slots``
 
 Every other file is written under a temporary name, synced and renamed, and carries a checksum of its contents. The
@@ -29,8 +30,11 @@ from autoround.sealed import SEAL, partial_name, replacing, reported, seal_of
 from autoround.slots import Slots
 
 MANIFEST, BLOCKS, ACTIVATIONS, LOCK = "manifest.json", "blocks", "activations", "lock"
+SCALES = "scales.safetensors"
 # Part of the manifest that may differ where a run goes on: the same weights may lie elsewhere now.
 ORIGIN = "origin"
+# Another such part: scales are tuned anew from the codes of the blocks, which know nothing of it.
+SCALE_STEPS = "scale_steps"
 # Where a safetensors file keeps what is no tensor.
 NOTES = "notes"
 SHOWN_DIFFERENCES = 4
@@ -52,6 +56,7 @@ class Journal:
         self.folder = folder
         self.manifest = manifest
         self.activations = Slots(folder / ACTIVATIONS)
+        self._tuned: dict[str, Tensor] | None = None
         self._lock = lock  # held as long as the journal is
 
     def finished(self) -> int:
@@ -86,7 +91,59 @@ class Journal:
         _save(self._block(index), tensors, {"stats": dict(stats)})
 
     def read_block(self, index: int) -> dict[str, Codes]:
-        """Codes of a finished block by layer path relative to the block.
+        """Codes of a finished block by layer path relative to the block, with tuned scales where there are any.
+
+        Raises:
+            JournalError: the block or its scales are missing, or a file is damaged.
+        """
+        codes = self.read_codes(index)
+        if not self._scales.exists():
+            return codes
+        if self._tuned is None:
+            self._tuned, _ = _load(self._scales)
+        tuned = self._tuned
+        return {
+            path: own._replace(
+                **{name: tuned[key] for name in own._fields if (key := f"{index}.{path}.{name}") in tuned}
+            )
+            for path, own in codes.items()
+        }
+
+    def write_scales(self, blocks: Mapping[int, Mapping[str, Codes]], steps: int) -> None:
+        """Record scales that were tuned after the last block, in place of earlier ones.
+
+        Args:
+            blocks: number of a block -> layer path relative to the block -> its codes, of which the scales are kept.
+            steps: with how many they were tuned.
+
+        Raises:
+            JournalError: the disk is full or not writable; nothing half-written is left.
+        """
+        tensors = {
+            f"{index}.{path}.{name}": tensor.cpu().contiguous()
+            for index, codes in blocks.items()
+            for path, own in codes.items()
+            for name, tensor in own._asdict().items()
+            if tensor.is_floating_point()
+        }
+        self._tuned = None
+        _save(self._scales, tensors, {SCALE_STEPS: steps})
+
+    def scale_steps(self) -> int:
+        """With how many steps scales were tuned after the last block; 0 where they were not.
+
+        Raises:
+            JournalError: their file is damaged.
+        """
+        return int(_load(self._scales)[1][SCALE_STEPS]) if self._scales.exists() else 0
+
+    def drop_scales(self) -> None:
+        """Forget tuned scales: those that codes were chosen with hold again."""
+        self._tuned = None
+        self._scales.unlink(missing_ok=True)
+
+    def read_codes(self, index: int) -> dict[str, Codes]:
+        """Codes of a finished block as its own steps left them.
 
         Raises:
             JournalError: the block is missing or its file is damaged.
@@ -113,6 +170,10 @@ class Journal:
         _, notes = _load(self._block(index))
         stats: dict[str, float] = notes["stats"]
         return stats
+
+    @property
+    def _scales(self) -> Path:
+        return self.folder / SCALES
 
     def _block(self, index: int) -> Path:
         return self.folder / BLOCKS / f"{index:05d}.safetensors"
@@ -143,6 +204,7 @@ def open_journal(folder: Path, manifest: Mapping[str, Any], *, restart: bool = F
             )
     lock = _locked(folder)
     with reported(folder):
+        (folder / SCALES).unlink(missing_ok=True)
         for name in (BLOCKS, ACTIVATIONS):
             if (folder / name).exists():
                 shutil.rmtree(folder / name)
@@ -152,7 +214,8 @@ def open_journal(folder: Path, manifest: Mapping[str, Any], *, restart: bool = F
 
 def _check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse the journal of another run by what differs."""
-    differences = list(_differences({**before, ORIGIN: None}, {**now, ORIGIN: None}))
+    free = dict.fromkeys((ORIGIN, SCALE_STEPS))
+    differences = list(_differences({**before, **free}, {**now, **free}))
     if differences:
         shown = sorted(differences, key=lambda text: text.startswith("plan."))[:SHOWN_DIFFERENCES]
         more = f" and {len(differences) - len(shown)} more" if len(differences) > len(shown) else ""

@@ -16,7 +16,8 @@ class Progress:
         phase: what is being done.
         block, blocks: number of the current block, from 1, and of all; block is 0 before the first, and blocks
             while loading. Of an evaluation they are those of the model that runs.
-        step, steps: of the current block; of an evaluation, tokens scored after the last one, and all.
+        step, steps: of the current block, or of the scales of all blocks; of an evaluation, tokens scored after the
+            last one, and all.
         loss_first, loss: of the first step and of the latest; None before the first step.
         tokens_per_second: of tuning in this block.
         seconds, eta_seconds: since the start, and still to go as far as known.
@@ -24,7 +25,7 @@ class Progress:
         message: detail of the phase.
     """
 
-    phase: Literal["loading", "calibration", "tuning", "export", "evaluation"]
+    phase: Literal["loading", "calibration", "tuning", "scales", "export", "evaluation"]
     block: int
     blocks: int
     step: int = 0
@@ -91,11 +92,13 @@ class Meter:
         self._taken: list[float] = []
         self._after_first = self._after_last = 0.0
 
-    def phase(self, phase: Literal["calibration", "tuning", "export"], message: str) -> None:
+    def phase(self, phase: Literal["calibration", "tuning", "scales", "export"], message: str) -> None:
         """A phase begins."""
         self._tell(phase, message, None)
 
-    def _tell(self, phase: Literal["calibration", "tuning", "export"], message: str, eta: float | None) -> None:
+    def _tell(
+        self, phase: Literal["calibration", "tuning", "scales", "export"], message: str, eta: float | None
+    ) -> None:
         if self._listen is not None:
             self._listen(Progress(phase=phase, block=self._block, blocks=self._blocks, seconds=self._elapsed(),
                                   eta_seconds=eta, memory_bytes=self._memory(), message=message))  # fmt: skip
@@ -126,6 +129,15 @@ class Meter:
             phase="tuning", block=self._block, blocks=self._blocks, step=step, steps=self._steps,
             loss_first=self._loss_first, loss=loss(), tokens_per_second=rate, seconds=self._elapsed(),
             eta_seconds=self._eta(step, now), memory_bytes=self._memory()))  # fmt: skip
+
+    def scales(self, step: int, steps: int, loss: float, eta: float) -> None:
+        """A step of the scales of all blocks is done."""
+        if step == 1:
+            self._loss_first = loss
+        if self._listen is not None:
+            self._listen(Progress(phase="scales", block=self._block, blocks=self._blocks, step=step, steps=steps,
+                                  loss_first=self._loss_first, loss=loss, seconds=self._elapsed(), eta_seconds=eta,
+                                  memory_bytes=self._memory()))  # fmt: skip
 
     def _eta(self, step: int, now: float) -> float | None:
         """Time left after a step of this block.

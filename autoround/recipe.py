@@ -92,6 +92,9 @@ class Recipe:
         "rtn", f"experts that fewer than {STARVED_TOKENS} calibration tokens reach: take no steps (rtn), or each token "
         "is also sent to one of them in turn while the block is tuned (route_all)", "tuning",
         choices=("rtn", "route_all"))
+    scale_steps: int = option(
+        0, "steps after the last block that tune the scales of all blocks together, codes kept, to what the float "
+        "model predicts (KL divergence); memory holds the codes of all blocks", "tuning")
     keep: Literal["last", "best"] = option(
         "last", "parameters to keep: the last ones, or those of the best minibatch", "tuning",
         choices=("last", "best"))
@@ -161,7 +164,7 @@ class Recipe:
     @property
     def needs_data(self) -> bool:
         """Whether anything is learned from calibration text."""
-        return self.iters > 0 or self.searches_clips or self.compensates
+        return self.iters > 0 or self.searches_clips or self.compensates or self.scale_steps > 0
 
     def learning_rate(self, bits: int) -> float:
         """Of the offsets: ``lr``, or 1/iters at 2 bits and half of it at more; doubled for long runs at 2 and 3 bits.
@@ -189,7 +192,7 @@ class Recipe:
         return cls(**{**PRESETS[preset], **settings})
 
 
-LEAST = {"nsamples": 1, "seqlen": 1, "batch_size": 1, "gradient_accumulate_steps": 1, "iters": 0}
+LEAST = {"nsamples": 1, "seqlen": 1, "batch_size": 1, "gradient_accumulate_steps": 1, "iters": 0, "scale_steps": 0}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},

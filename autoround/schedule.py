@@ -9,6 +9,9 @@ from torch import Tensor
 from autoround import func
 from autoround.recipe import Recipe
 
+# Learning rate of factors of scales, for a grid of one level, and the steps that reach it.
+SCALE_RATE, WARM_STEPS = 0.04, 4
+
 
 def make_optimizer(recipe: Recipe, bits: int) -> func.Transform:
     """The recipe's optimizer: SignSGD or AdamW, offsets and clips with learning rates of their own."""
@@ -16,6 +19,12 @@ def make_optimizer(recipe: Recipe, bits: int) -> func.Transform:
     family = func.adamw if recipe.adam else partial(func.signsgd, momentum=recipe.momentum)
     schedules = {"offset": func.linear_decay(rate, steps), "clip": func.linear_decay(recipe.minmax_lr or rate, steps)}
     return func.partition({field: family(schedule) for field, schedule in schedules.items()}, func.by_field)
+
+
+def scale_optimizer(steps: int, bits: int) -> func.Transform:
+    """Adam on factors of scales: the coarser the grid, the farther they go. docs/experiments.md has other rates."""
+    rate = func.warm_up(func.linear_decay(SCALE_RATE / 2**bits, steps), min(WARM_STEPS, steps // 4))
+    return func.adamw(rate, beta2=0.95)
 
 
 def batch_rows(seed: int, block: int, rows: int, batch_size: int, steps: int) -> Iterator[Tensor]:

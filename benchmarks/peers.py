@@ -135,7 +135,16 @@ TOOLS: dict[str, Tool] = {
         recipes=_twins(_ours)
         # other steps than any recipe of auto-round takes, and as many as its default on a quarter of the tokens
         | {f"{steps}-steps": _ours("auto-round", "--iters", str(steps)) for steps in (20, 25, 100)}
-        | {"small-steps": _ours("auto-round", "--iters", "200", "--batch_size", "2")},
+        | {"small-steps": _ours("auto-round", "--iters", "200", "--batch_size", "2")}
+        # scales of all blocks together, after the last one
+        | {
+            f"opt_rtn+{steps}-scale-steps": _ours("auto-round-opt-rtn", "--scale_steps", str(steps))
+            for steps in (16, 32)
+        }
+        | {
+            f"{name}+32-scale-steps": _ours(command, "--scale_steps", "32")
+            for name, command in (("default", "auto-round"), ("light", "auto-round-light"))
+        },
     ),
     THEIRS: Tool(
         version="auto-round 0.16.1",

@@ -90,6 +90,7 @@ def groups(bits: int) -> dict[str, list[Variant]]:
         "start200": _variants(bits, iters=(200,), clip_search=both, keep=("best", "last")),
         "adam": _variants(bits, iters=(25,), adam=(True,), lr=(0.01, 0.02, 0.04)),
         "keep": _variants(bits, iters=(25,), keep=("best",)),
+        "scales": _variants(bits, iters=(0,), clip_search=(True,), scale_steps=(0, 16, 32, 64)),
         "apart": _variants(bits, iters=(25,), lr=(0.04,), parallel=("data", "blocks")),
     }
 
@@ -129,7 +130,10 @@ def try_variant(
             "dataset": texts.calibration[: options.rows], "seed": variant.seed, "output_dir": f"{folder}/out",
             "device_map": options.device, "torch_compile": options.device == "cpu"}  # fmt: skip
         run = quantize(source, Recipe(**own | dict(variant.settings)))
-        blocks = list(islice(run, options.blocks))
+        events = iter(run)
+        blocks = list(islice(events, options.blocks))
+        if len(blocks) == len(run.plan.parts):
+            assert not list(events)  # what comes after the last block is done
         journal = Journal(run.journal_folder, {})
         for index, part in enumerate(run.plan.parts[: len(blocks)]):
             for path, codes in journal.read_block(index).items():

@@ -45,6 +45,9 @@ class PlainDisplay:
         if progress.phase == "evaluation":
             if not progress.step:
                 self.note("  ".join([progress.message, *_pace(progress)]))
+        elif progress.phase == "scales" and progress.step:
+            if progress.step in (1, progress.steps):
+                self.note("  ".join(["scales:", *_step(progress), *_pace(progress)]))
         elif progress.phase != "tuning":
             self.note(f"{progress.phase}: {progress.message}")
 
@@ -178,6 +181,8 @@ def _share(progress: Progress) -> tuple[float, int]:
     """How much of a bar is done, and all of it."""
     if progress.phase == "tuning":
         return progress.block - 1 + progress.step / max(progress.steps, 1), progress.blocks
+    if progress.phase == "scales" and progress.steps:
+        return progress.step, progress.steps
     if progress.phase == "evaluation":
         return (progress.step, progress.steps) if progress.steps else (progress.block - 1, progress.blocks)
     return progress.block, progress.blocks
@@ -185,7 +190,7 @@ def _share(progress: Progress) -> tuple[float, int]:
 
 def _step(progress: Progress) -> list[str]:
     parts = [progress.message] if progress.message else []
-    if progress.step and progress.phase == "tuning":
+    if progress.step and progress.phase in ("tuning", "scales"):
         parts.append(f"step {progress.step}/{progress.steps}")
     if progress.loss_first is not None and progress.loss is not None:
         parts.append(f"loss {progress.loss_first:.2e} -> {progress.loss:.2e}")

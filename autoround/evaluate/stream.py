@@ -9,20 +9,19 @@ V vocabulary.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from autoround import func
 from autoround.errors import DataError, ModelError
 from autoround.evaluate.scores import TokenScores, join, score
 from autoround.model.blocks import embedding, find_blocks
 from autoround.model.capture import capture
-from autoround.model.carry import strip
 from autoround.model.load import OpenModel
+from autoround.model.outputs import Outputs, count_items
 from autoround.model.read import read_block
-from autoround.model.record import RecordingModel
 from autoround.progress import EvaluationMeter, Progress
 from autoround.ranks import ALONE, Ranks, owners
 
@@ -83,40 +82,6 @@ class Streamed(NamedTuple):
     def joined(cls, parts: Sequence["Streamed"]) -> "Streamed":
         """Those of successive tokens as one."""
         return cls(join([each.scores for each in parts]), torch.cat([each.top_P for each in parts]))
-
-
-class Outputs(RecordingModel):
-    """A model from the outputs of its last block to its logits, token by token.
-
-    Args:
-        model: an opened model; it is not changed.
-        streaming: where it runs, and in which dtype.
-        items: how many items blocks return, of which the hidden states are the first; 0 for these alone.
-    """
-
-    def __init__(self, model: OpenModel, streaming: Streaming, *, items: int) -> None:
-        super().__init__(model, find_blocks(model.skeleton), streaming.device, streaming.dtype)
-        columns = embedding(model.skeleton).in_features
-        self._model.set_input_embeddings(_NoEmbedding(columns, streaming))  # whose weights are not needed
-        self.set_items(items)
-        self._last = model.skeleton.get_submodule(self._blocks[-1])
-        self._hidden_C1D = torch.empty(0)
-        self._recorders[-1].is_last = False
-        self._recorders[-1].register_forward_hook(self._replace)
-
-    def logits(self, hidden_CD: Tensor) -> Tensor:
-        """Logits (C, V) of single tokens, from the last block's outputs."""
-        self._seen.clear()
-        self._hidden_C1D = strip(self._last, hidden_CD[:, None]).to(self._device)
-        tokens_C1 = torch.zeros(len(hidden_CD), 1, dtype=torch.int64, device=self._device)
-        with torch.no_grad():
-            logits_C1V: Tensor = self._model(input_ids=tokens_C1, use_cache=False).logits
-        return logits_C1V[:, 0]
-
-    def _replace(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """The outputs of the last block in place of its inputs."""
-        del module, args
-        return self._hidden_C1D if isinstance(output, Tensor) else (self._hidden_C1D, *output[1:])
 
 
 def compare_streamed(
@@ -188,17 +153,6 @@ def _compare_rows(
     return found
 
 
-class _NoEmbedding(nn.Module):
-    """Stands in for the embedding where its outputs do not matter."""
-
-    def __init__(self, columns: int, streaming: Streaming) -> None:
-        super().__init__()
-        self._columns, self._streaming = columns, streaming
-
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        return torch.zeros(*tokens_BT.shape, self._columns, dtype=self._streaming.dtype, device=tokens_BT.device)
-
-
 class _Ended(NamedTuple):
     """A model, the outputs of its last block on the CPU, and how many items that block returned."""
 
@@ -207,7 +161,7 @@ class _Ended(NamedTuple):
     items: int
 
     def outputs(self, streaming: Streaming) -> Outputs:
-        return Outputs(self.model, streaming, items=self.items)
+        return Outputs(self.model, streaming.device, streaming.dtype, items=self.items)
 
 
 def _meter(
@@ -233,7 +187,7 @@ def _run_blocks(model: OpenModel, rows: Rows, streaming: Streaming, on_block: Ca
     for index, (path, template) in enumerate(zip(blocks, templates, strict=True)):
         on_block(index + 1, len(blocks))
         block_fn = func.make_block_fn(model.skeleton.get_submodule(path))
-        block_fn.skeleton.register_forward_hook(lambda block, args, output: items.append(_count(output)))
+        count_items(block_fn.skeleton, items)
         tensors = read_block(model, path, dtype=streaming.dtype, device=device)
         before_NTD = hidden_NTD
         with torch.no_grad():
@@ -243,10 +197,6 @@ def _run_blocks(model: OpenModel, rows: Rows, streaming: Streaming, on_block: Ca
                     hidden_NTD = before_NTD.new_empty(*before_NTD.shape[:2], *output_BTD.shape[2:])
                 hidden_NTD[rows_B] = output_BTD.to(hidden_NTD)
     return _Ended(model, hidden_NTD, items[-1])
-
-
-def _count(output: Tensor | tuple[Tensor, ...]) -> int:
-    return 0 if isinstance(output, Tensor) else len(output)
 
 
 def _score_pair(
@@ -278,7 +228,8 @@ def _score_pair(
 
 
 def _log_probabilities(outputs: Outputs, hidden_CD: Tensor) -> Tensor:
-    return outputs.logits(hidden_CD).float().log_softmax(-1)
+    with torch.no_grad():
+        return outputs.logits(hidden_CD).float().log_softmax(-1)
 
 
 def _check_vocabularies(reference: OpenModel, candidate: OpenModel, expected_CV: Tensor, log_CV: Tensor) -> None:

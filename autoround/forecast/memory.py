@@ -5,7 +5,7 @@ Legend: N samples, T tokens, D hidden size.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +24,7 @@ from autoround.func.compensate import compensate
 from autoround.model.finish import read_weight
 from autoround.model.read import read_block
 from autoround.recipe import Recipe
+from autoround.scales import ROWS as SCALE_ROWS
 from autoround.slots import SLOTS
 from autoround.tuner import BlockTuner
 
@@ -39,6 +40,9 @@ DEVICE_KEPT, DEVICE_CONTEXT = 1.1, 500_000_000
 DATA_BYTES = 45_000_000
 # What compiling a step and a search adds to a process: an estimate.
 COMPILER_BYTES = 200_000_000
+# Bytes for each byte of codes while scales are tuned: beside the codes, factors and their moments in float32, which are
+# those of groups of 64.
+SCALED_BYTES = 1.25
 # Steps in which every kind of tensor that a step makes has been there.
 _STEPS = 2
 
@@ -62,10 +66,12 @@ def memory_of(blank: BlankRun, process: int) -> Memory:
     host += COMPILER_BYTES if run.numerics.compiler else 0
     if blank.templates and not on_device and any(layer.shape.experts for layer in run.plan.layers.values()):
         host += round(CPU_KEPT * EXPERTS_CACHES)
-    host += max([others, *(need.host for need in blocks)])
+    scales = _scales(blank, blocks)
+    host += max([others, *(need.host + (0 if on_device else scales) for need in blocks)])
     if on_device:  # the next block, which is read ahead
         host += max((_stored(blank, index) for index in range(1, len(run.plan.blocks))), default=0)
-    device = DEVICE_CONTEXT + round(DEVICE_KEPT * max((need.device for need in blocks), default=0))
+    largest = max((need.device for need in blocks), default=0)
+    device = DEVICE_CONTEXT + round(DEVICE_KEPT * (largest + scales))
     return Memory(process=process, activations=copies(run.recipe) * rows, slots=SLOTS * len(Stream._fields) * rows,
                   blocks=blocks, others=others, outside_codes=outside_codes, host=host,
                   device=device if on_device else 0)  # fmt: skip
@@ -74,6 +80,17 @@ def memory_of(blank: BlankRun, process: int) -> Memory:
 def code_bytes(codes: Mapping[str, Codes]) -> int:
     """Bytes of codes in a journal."""
     return sum(tensor.nbytes for tensor in tree_iter(dict(codes)) if isinstance(tensor, Tensor))
+
+
+def _scales(blank: BlankRun, blocks: Sequence[BlockNeed]) -> int:
+    """Bytes that tuning the scales of all blocks holds beside what runs a block, which takes no more than tuning it."""
+    recipe = blank.run.recipe
+    if not recipe.scale_steps or not blank.templates:
+        return 0
+    codes = sum(len(need.paths) * need.codes for need in blocks)
+    row = math.prod(blank.hidden) * blank.run.numerics.torch_dtype.itemsize
+    flows = (len(blank.run.plan.blocks) + 1) * min(SCALE_ROWS, recipe.batch_size) * row
+    return round(SCALED_BYTES * codes) + flows + 2 * recipe.nsamples * row
 
 
 def _stored(blank: BlankRun, index: int) -> int:

@@ -20,6 +20,7 @@ from autoround.model.calls import CallTemplate
 from autoround.model.read import read_block
 from autoround.passes import gram_of
 from autoround.precision import cast
+from autoround.scales import ROWS as SCALE_ROWS
 from autoround.schedule import make_optimizer
 from autoround.spec import GgufSpec, QuantSpec
 from autoround.tuner import lifted, observed_rows
@@ -70,6 +71,8 @@ def seconds_of(blank: BlankRun, written: int) -> Seconds:
     count = len(run.plan.blocks)
     blocks = count * (recipe.iters * step + passes * forward + observed * hessians + moving) + rounding
     compiling = COMPILING if compiled else 0.0
+    if learns and recipe.scale_steps:
+        around += _scale_seconds(blank, sample, recipe.scale_steps, forward)
     return Seconds(step=step, block=blocks / max(count, 1), compiling=compiling, around=around,
                    total=around + compiling + blocks)  # fmt: skip
 
@@ -157,6 +160,32 @@ def _compensation_seconds(sample: _Sample) -> tuple[float, float]:
     func.compensate(sample.weights.tuned, params, found, sample.specs)
     _wait(device)
     return max(with_them - without, 0.0) / sample.rows, time.perf_counter() - start
+
+
+def _scale_seconds(blank: BlankRun, sample: _Sample, steps: int, forward: float) -> float:
+    """Seconds of tuning the scales of all blocks: the float model's pass, and steps; a head is as large as some blocks.
+
+    Args:
+        blank: the run.
+        sample: its block in the middle.
+        steps: how many.
+        forward: seconds of a block for one row.
+    """
+    run, rows, specs = blank.run, min(SCALE_ROWS, blank.run.recipe.batch_size), sample.specs
+    codes = {path: func.quantize(own, func.nearest(own), specs[path]) for path, own in sample.weights.tuned.items()}
+    rounded = func.RoundedBlock(codes, cast(sample.weights.frozen, blank.dtypes))
+    factors, batch, settings = func.init_factors(codes), sample.batch(rows), {"dtype": run.numerics.torch_dtype}
+    apply = func.make_apply(sample.block_fn, specs, **settings)
+    pull = func.make_pull(sample.block_fn, specs, **settings, hidden=sample.template.hidden)
+
+    def step() -> None:
+        with torch.no_grad():
+            output_BTD = apply(rounded, factors, batch.call)
+        pull(rounded, factors, batch.call, output_BTD)
+
+    count, weights = len(run.plan.blocks), sum(own.numel() for own in sample.whole.values())
+    head: float = run.model.config.get_text_config().vocab_size * batch.target_BTD.shape[-1] / weights
+    return steps * (count + head) * _timed(step, run.device) + run.recipe.nsamples * count * forward
 
 
 def _search_seconds(blank: BlankRun) -> float:

@@ -51,6 +51,15 @@ def linear_decay(start: float, steps: int) -> Schedule:
     return lambda step: start * (1 - step.float() / steps).clamp(min=0)
 
 
+def warm_up(schedule: Schedule, steps: int) -> Schedule:
+    """The same, after so many steps that rise to it in equal parts.
+
+    >>> [warm_up(constant(1.0), 4)(torch.tensor(step)).item() for step in range(5)]
+    [0.25, 0.5, 0.75, 1.0, 1.0]
+    """
+    return lambda step: schedule(step) * ((step + 1) / max(steps, 1)).clamp(max=1)
+
+
 def sgd(schedule: Schedule) -> Transform:
     """Gradient descent: ``update = -lr(step) * grad``.
 

@@ -83,6 +83,12 @@ class CallTemplate:
     leaves: tuple[Any, ...]
     spec: TreeSpec
 
+    @property
+    def hidden(self) -> int:
+        """Which leaf of a call is the hidden states."""
+        before = self.leaves[: self.leaves.index(Hidden())]
+        return sum(not isinstance(leaf, Fresh) for leaf in before)  # an empty mapping has no leaves
+
     def bind(self, hidden_BTD: Tensor, rows_B: Tensor) -> Call:
         """Build the call for some samples.
 

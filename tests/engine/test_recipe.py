@@ -58,7 +58,7 @@ def test_there_are_five_presets() -> None:
 GIVEN = st.fixed_dictionaries({}, optional={
     "iters": st.integers(0, 2000), "nsamples": st.integers(1, 600), "lr": st.floats(1e-6, 1.0), "seed": st.integers(),
     "clip_search": st.booleans(), "compensate": st.booleans(), "keep": st.sampled_from(["last", "best"]),
-    "bits": st.sampled_from([2, 3, 4, 8]),
+    "scale_steps": st.integers(0, 9), "bits": st.sampled_from([2, 3, 4, 8]),
 })  # fmt: skip
 
 
@@ -70,7 +70,8 @@ def test_what_the_user_gives_wins_and_presets_fill_the_rest(preset: str, setting
     filled = {name: value for name, value in PRESETS[preset].items() if name not in settings}
     assert {name: getattr(recipe, name) for name in filled} == filled
     assert recipe == Recipe(**PRESETS[preset] | settings)
-    assert recipe.needs_data == (recipe.iters > 0 or recipe.searches_clips or recipe.compensates)
+    steps = recipe.iters > 0 or recipe.scale_steps > 0
+    assert recipe.needs_data == (steps or recipe.searches_clips or recipe.compensates)
 
 
 def test_single_settings_lie_over_the_scheme() -> None:

@@ -1,0 +1,240 @@
+"""After the last block: the scales of all blocks together, tuned to what the float model predicts.
+
+Blocks are tuned for their own outputs, each by itself; what their errors together do to the model's predictions none of
+them sees. A step here passes some rows through all rounded blocks, takes the KL divergence from the float model's
+predictions, and pulls its gradient back through the blocks to their scales. Codes stay as they are.
+
+Legend: N samples, B samples in a step, T tokens, D hidden size, C tokens whose logits are compared at a time.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoround import func
+from autoround.activations import in_memory
+from autoround.backends.base import Numerics, jit
+from autoround.backends.host import trim_heap
+from autoround.data.tokens import Calibration
+from autoround.errors import ModelError
+from autoround.func.experts import in_even_groups
+from autoround.func.types import BlockFunction
+from autoround.journal import Journal
+from autoround.model.calls import CallTemplate
+from autoround.model.capture import capture
+from autoround.model.load import OpenModel
+from autoround.model.media import Media
+from autoround.model.outputs import Outputs, count_items
+from autoround.model.read import read_block
+from autoround.numerics import ran_out
+from autoround.passes import Passes
+from autoround.plan import Plan
+from autoround.progress import Meter
+from autoround.ranks import ALONE
+from autoround.recipe import Recipe
+from autoround.schedule import batch_rows, scale_optimizer
+from autoround.tuner import EXPERT_ROWS
+
+# Rows of a step at most: of as many tokens, more steps of fewer rows reach a lower KL divergence.
+ROWS = 4
+# Logits of one model that are in memory at a time, and the fewest tokens.
+CHUNK_LOGITS, CHUNK_TOKENS = 2**22, 32
+
+
+@dataclass(kw_only=True)
+class _Part:
+    """A block, and what is learned of it."""
+
+    template: CallTemplate
+    rounded: func.RoundedBlock
+    specs: Mapping[str, func.WeightSpec]
+    apply: Callable[..., Tensor]
+    pull: Callable[..., tuple[Any, Tensor]]
+    factors: dict[str, dict[str, Tensor]]
+    optimizers: dict[str, func.Transform]
+    states: dict[str, Any] = field(default_factory=dict)
+
+    def update(self, grads: Mapping[str, Any]) -> None:
+        """One step of each layer's optimizer."""
+        for path, optimizer in self.optimizers.items():
+            updates, self.states[path] = optimizer.update(grads[path], self.states[path], self.factors[path])
+            self.factors[path] = func.apply_updates(self.factors[path], updates)
+        self.factors = func.keep_near(self.factors)
+
+
+class ScaleTuner:
+    """Tunes the scales of a journal's blocks. Memory holds the codes of all of them, a byte for each weight.
+
+    Args:
+        recipe: the settings.
+        model: the float model.
+        plan: the fate of its layers.
+        numerics: how it computes.
+        device: where.
+        journal: whose blocks are all done.
+        meter: is told of the work.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: OpenModel,
+        plan: Plan,
+        numerics: Numerics,
+        device: torch.device,
+        journal: Journal,
+        meter: Meter,
+    ) -> None:
+        self._recipe, self._model, self._plan, self._journal, self._meter = recipe, model, plan, journal, meter
+        self._numerics, self._device, self._dtype = numerics, device, numerics.torch_dtype
+        self._compiled: dict[Any, Any] = {}
+
+    def run(self, calibration: Calibration) -> dict[int, dict[str, func.Codes]]:
+        """Take all steps.
+
+        Args:
+            calibration: what the blocks were tuned on.
+
+        Returns:
+            Number of a block -> layer path relative to the block -> codes with scales as they are to be stored.
+
+        Raises:
+            ModelError: memory ran out, or a loss is not finite.
+        """
+        try:
+            return self._run(calibration)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            raise ModelError(
+                f"scale_steps: memory ran out ({str(error).strip() or type(error).__name__}); needed room for the "
+                "codes of all blocks and for what flows into each; use a smaller --seqlen, or --scale_steps 0: "
+                "finished blocks are kept"
+            ) from error
+
+    def _run(self, calibration: Calibration) -> dict[int, dict[str, func.Codes]]:
+        steps, valid_NT = self._recipe.scale_steps, calibration.valid_NT
+        self._meter.phase("scales", "passing rows through the float blocks")
+        first_NTD, target_NTD, parts, items = self._open(calibration)
+        outputs = Outputs(self._model, self._device, self._dtype, items=items)
+        size, start = min(ROWS, self._recipe.batch_size), time.monotonic()
+        batches = batch_rows(self._recipe.seed, len(parts), len(valid_NT), size, steps)
+        for step, rows_B in enumerate(batches, start=1):
+            loss = self._step(parts, outputs, first_NTD, target_NTD, valid_NT, rows_B)
+            if not loss < float("inf"):
+                raise ModelError(
+                    f"scale_steps: found a loss of {loss} at step {step}; needed a finite one; use --scale_steps 0"
+                )
+            self._meter.scales(step, steps, loss, (time.monotonic() - start) / step * (steps - step))
+            if self._device.type == "cpu":
+                trim_heap()
+        return {index: func.store_scales(self._journal.read_codes(index), part.factors)
+                for index, part in enumerate(parts)}  # fmt: skip
+
+    def _step(
+        self,
+        parts: Sequence[_Part],
+        outputs: Outputs,
+        first_NTD: Tensor,
+        target_NTD: Tensor,
+        valid_NT: Tensor,
+        rows_B: Tensor,
+    ) -> float:
+        """One step over some rows; their loss before it."""
+        flows, x_BTD = [], first_NTD[rows_B].to(self._device)
+        with torch.no_grad():
+            for part in parts:
+                flows.append(x_BTD)
+                x_BTD = part.apply(part.rounded, part.factors, part.template.bind(x_BTD, rows_B))
+        loss, cotangent_BTD = self._compare(outputs, x_BTD, target_NTD[rows_B], valid_NT[rows_B])
+        for part in reversed(parts):
+            call = part.template.bind(flows.pop(), rows_B)
+            grads, cotangent_BTD = part.pull(part.rounded, part.factors, call, cotangent_BTD)
+            part.update(grads)
+        return loss
+
+    def _compare(self, outputs: Outputs, x_BTD: Tensor, target_BTD: Tensor, valid_BT: Tensor) -> tuple[float, Tensor]:
+        """Mean KL divergence over the valid tokens, and its gradient with respect to what the last block returns."""
+        valid_BT = valid_BT.to(x_BTD.device)
+        own_PD, float_PD = x_BTD[valid_BT], target_BTD.to(x_BTD.device)[valid_BT]
+        grads, losses = [], []
+        chunk = max(CHUNK_TOKENS, CHUNK_LOGITS // self._model.config.get_text_config().vocab_size)
+        for own_CD, float_CD in zip(own_PD.split(chunk), float_PD.split(chunk), strict=True):
+            with torch.no_grad():
+                expected_CV = outputs.logits(float_CD).float().log_softmax(-1)
+            own_CD = own_CD.detach().requires_grad_()
+            found_CV = outputs.logits(own_CD).float().log_softmax(-1)
+            loss = torch.nn.functional.kl_div(found_CV, expected_CV, reduction="sum", log_target=True) / len(own_PD)
+            grads.append(torch.autograd.grad(loss, own_CD)[0])
+            losses.append(loss.detach())
+        cotangent_BTD = torch.zeros_like(x_BTD)
+        cotangent_BTD[valid_BT] = torch.cat(grads)
+        return float(torch.stack(losses).sum()), cotangent_BTD
+
+    def _open(self, calibration: Calibration) -> tuple[Tensor, Tensor, list[_Part], int]:
+        """What flows into the first block and out of the last float one, the rounded blocks, and what they return."""
+        size, home = self._recipe.batch_size, self._device
+        if self._recipe.low_gpu_mem_usage:
+            home = torch.device("cpu")
+        first_NTD, templates = capture(
+            self._model,
+            calibration.tokens_NT.to(home),
+            calibration.valid_NT.to(home),
+            batch_size=size,
+            media=Media(calibration.extras),
+            device=self._device,
+            dtype=self._dtype,
+        )
+        passes, target_NTD = Passes(batch_size=size, devices=[self._device], ranks=ALONE), first_NTD
+        parts: list[_Part] = []
+        items: list[int] = []
+        for index, template in enumerate(templates):
+            path = self._plan.blocks[index].path
+            block_fn = func.make_block_fn(self._model.skeleton.get_submodule(path))
+            count_items(block_fn.skeleton, items)
+            tensors = read_block(self._model, path, dtype=self._dtype, device=self._device)
+            room = partial(in_memory, "float_NTD")
+            target_NTD = passes.outputs(block_fn, tensors, template, target_NTD, room)
+            own_fn = func.make_block_fn(self._model.skeleton.get_submodule(path))
+            parts.append(self._part(index, own_fn, template, tensors))
+        return first_NTD, target_NTD, parts, items[-1]
+
+    def _part(self, index: int, block_fn: func.BlockFn, template: CallTemplate, tensors: Mapping[str, Tensor]) -> _Part:
+        specs, codes = self._plan.blocks[index].specs, self._journal.read_codes(index)
+        codes = {path: type(own)(*(_exact(each).to(self._device) for each in own)) for path, own in codes.items()}
+        frozen = {name: tensor.clone() for name, tensor in tensors.items() if name.removesuffix(".weight") not in codes}
+        factors = func.init_factors(codes)
+        optimizers = {path: scale_optimizer(self._recipe.scale_steps, specs[path].bits) for path in codes}
+        apply, pull = self._functions(block_fn, specs, template.hidden)
+        return _Part(
+            template=template,
+            rounded=func.RoundedBlock(codes, frozen),
+            specs=specs,
+            apply=apply,
+            pull=pull,
+            factors=factors,
+            optimizers=optimizers,
+            states={path: optimizer.init(factors[path]) for path, optimizer in optimizers.items()},
+        )
+
+    def _functions(self, block_fn: func.BlockFn, specs: Mapping[str, func.WeightSpec], hidden: int) -> tuple[Any, Any]:
+        """What applies a block and what pulls gradients back through it, shared by blocks of equal signature."""
+        key = (block_fn.signature, *specs.items(), hidden)
+        if key not in self._compiled:
+            own: BlockFunction = in_even_groups(block_fn, EXPERT_ROWS) if self._device.type == "cpu" else block_fn
+            apply = func.make_apply(own, specs, dtype=self._dtype)
+            pull = func.make_pull(own, specs, dtype=self._dtype, hidden=hidden)
+            compiler = self._numerics.compiler
+            self._compiled[key] = (jit(apply, compiler=compiler), jit(pull, compiler=compiler))
+        own_apply, own_pull = self._compiled[key]
+        return own_apply, own_pull
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """Scales in float32, in which they are multiplied: compilers warn of half precisions of two kinds."""
+    return tensor.float() if tensor.is_floating_point() else tensor
