@@ -25,7 +25,7 @@ from autoround.follower import Follower
 from autoround.formats.registry import rules
 from autoround.formats.writer import check_alone, check_folder, parse_size
 from autoround.identity import manifest_of, shared_facts
-from autoround.journal import MANIFEST, Journal, hold, open_journal, read_manifest
+from autoround.journal import MANIFEST, SCALE_STEPS, Journal, hold, open_journal, read_manifest
 from autoround.launch import launched
 from autoround.log import LOGGER
 from autoround.loop import BlockLoop
@@ -215,20 +215,31 @@ class Run:
 
     def _tune_scales(self, journal: Journal, calibration: Calibration | None) -> None:
         """What the recipe asks for after the last block; the first rank does it while others wait."""
-        steps = self.recipe.scale_steps if self.plan.specs else 0
-        if self._first and journal.scale_steps() != steps:
+        if self._first and journal.scale_steps() != self._scale_steps:
             journal.drop_scales()
-            if steps and calibration is not None:
-                recipe, numerics = self.recipe, self._numerics
-                tuner = ScaleTuner(recipe, self.model, self.plan, numerics, self._device, journal, self._meter)
-                journal.write_scales(tuner.run(calibration), steps)
+            if self._scale_steps and calibration is not None:
+                tuner = ScaleTuner(
+                    recipe=self.recipe,
+                    model=self.model,
+                    plan=self.plan,
+                    numerics=self._numerics,
+                    device=self._device,
+                    home=self._place.home,
+                    journal=journal,
+                    meter=self._meter,
+                )
+                journal.write_scales(tuner.run(calibration), self._scale_steps)
         self.ranks.tell(None)
+
+    @property
+    def _scale_steps(self) -> int:
+        """Those of the recipe, where anything is quantized."""
+        return self.recipe.scale_steps if self.plan.specs else 0
 
     def _done(self, journal: Journal) -> bool:
         """Whether nothing is left but to write files; the first rank knows."""
         blocks = self._finished(journal) == len(self.plan.parts)
-        steps = self.recipe.scale_steps if self.plan.specs else 0
-        return blocks and self.ranks.tell(journal.scale_steps() == steps if self._first else None) is True
+        return blocks and self.ranks.tell(self._first and journal.scale_steps() == self._scale_steps)
 
     def _rooms(self) -> dict[str, int]:
         """Bytes for one block by what sets the bound; nothing is said of blocks that several devices may share."""
@@ -261,8 +272,7 @@ class Run:
         )
         target.check(self.plan)
         if self._journal is None or not self._done(self._journal):
-            for _ in self:
-                pass
+            list(self)
         assert self._journal is not None
         self._backend.release_memory()
         return self.ranks.tell(self._write(self._journal, target) if self._first else ())
@@ -332,7 +342,7 @@ class Run:
         )
         folder, restart = self.journal_folder, self.recipe.overwrite or self.recipe.restart
         journal = open_journal(folder, manifest, restart=restart)
-        journal.record(scale_steps=self.recipe.scale_steps)
+        journal.record(**{SCALE_STEPS: self._scale_steps})
         model = (self._origin or {}).get("model", "")
         # what is done is not to be done again
         named = dataclasses.replace(self.recipe, model=model, restart=False, overwrite=False)

@@ -10,7 +10,7 @@ import transformers
 from autoround import __version__
 from autoround.backends.base import Numerics
 from autoround.data.tokens import Calibration
-from autoround.journal import ORIGIN, SCALE_STEPS
+from autoround.journal import ORIGIN
 from autoround.model.source import WeightSource
 from autoround.plan import Plan
 from autoround.recipe import Recipe
@@ -60,7 +60,6 @@ def manifest_of(
         "recipe": {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
         | {"clip_search": recipe.searches_clips, "compensate": recipe.compensates},
         ORIGIN: origin,
-        SCALE_STEPS: recipe.scale_steps,
         "spec": dataclasses.asdict(plan.spec),
         "plan": {path: dataclasses.asdict(spec) for path, spec in plan.specs.items()},
         "source_sha256": digest((name, source.read(name)) for name in sorted(source.names())),

@@ -56,7 +56,7 @@ class Journal:
         self.folder = folder
         self.manifest = manifest
         self.activations = Slots(folder / ACTIVATIONS)
-        self._tuned: dict[str, Tensor] | None = None
+        self._tuned: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         self._lock = lock  # held as long as the journal is
 
     def finished(self) -> int:
@@ -96,12 +96,7 @@ class Journal:
         Raises:
             JournalError: the block or its scales are missing, or a file is damaged.
         """
-        codes = self.read_codes(index)
-        if not self._scales.exists():
-            return codes
-        if self._tuned is None:
-            self._tuned, _ = _load(self._scales)
-        tuned = self._tuned
+        codes, (tuned, _) = self.read_codes(index), self._read_scales()
         return {
             path: own._replace(
                 **{name: tuned[key] for name in own._fields if (key := f"{index}.{path}.{name}") in tuned}
@@ -135,7 +130,8 @@ class Journal:
         Raises:
             JournalError: their file is damaged.
         """
-        return int(_load(self._scales)[1][SCALE_STEPS]) if self._scales.exists() else 0
+        _, notes = self._read_scales()
+        return int(notes.get(SCALE_STEPS, 0))
 
     def drop_scales(self) -> None:
         """Forget tuned scales: those that codes were chosen with hold again."""
@@ -170,6 +166,12 @@ class Journal:
         _, notes = _load(self._block(index))
         stats: dict[str, float] = notes["stats"]
         return stats
+
+    def _read_scales(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tuned scales and the notes beside them, empty where there are none; their file is read once."""
+        if self._tuned is None and self._scales.exists():
+            self._tuned = _load(self._scales)
+        return self._tuned or ({}, {})
 
     @property
     def _scales(self) -> Path:

@@ -12,11 +12,16 @@ from torch.utils._pytree import tree_map
 
 from autoround import func
 from autoround.activations import Inputs
+from autoround.backends.base import Numerics
 from autoround.func import init
+from autoround.func.experts import in_even_groups
+from autoround.func.types import BlockFunction
 from autoround.model.calls import CallTemplate
 from autoround.placement import sharers
 from autoround.ranks import ALONE, Ranks, owners, summed
 
+# Rows of an expert come in multiples of this many on a CPU, whose library of products prepares each new size anew.
+EXPERT_ROWS = 32
 # Whole numbers below it are exact in float32, in which ranks tell each other sums.
 WHOLE = 2**24
 
@@ -121,6 +126,11 @@ def _gram_of_bfloat16(x_MI: Tensor) -> Tensor:
         return init.gram_in_tiles(x_MI)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def evened(block_fn: func.BlockFn, numerics: Numerics) -> BlockFunction:
+    """The block, on a CPU with the rows of its experts in multiples."""
+    return in_even_groups(block_fn, EXPERT_ROWS) if numerics.device == "cpu" else block_fn
 
 
 def bound(template: CallTemplate, x_NTD: Tensor, rows_B: Tensor, device: torch.device) -> func.Call:

@@ -9,7 +9,7 @@ Legend: N samples, B samples in a step, T tokens, D hidden size, C tokens whose 
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,28 +22,23 @@ from autoround.backends.base import Numerics, jit
 from autoround.backends.host import trim_heap
 from autoround.data.tokens import Calibration
 from autoround.errors import ModelError
-from autoround.func.experts import in_even_groups
-from autoround.func.types import BlockFunction
 from autoround.journal import Journal
 from autoround.model.calls import CallTemplate
 from autoround.model.capture import capture
 from autoround.model.load import OpenModel
 from autoround.model.media import Media
-from autoround.model.outputs import Outputs, count_items
+from autoround.model.outputs import Outputs, chunk_tokens, count_items
 from autoround.model.read import read_block
 from autoround.numerics import ran_out
-from autoround.passes import Passes
+from autoround.passes import Passes, evened
 from autoround.plan import Plan
 from autoround.progress import Meter
 from autoround.ranks import ALONE
 from autoround.recipe import Recipe
 from autoround.schedule import batch_rows, scale_optimizer
-from autoround.tuner import EXPERT_ROWS
 
 # Rows of a step at most: of as many tokens, more steps of fewer rows reach a lower KL divergence.
 ROWS = 4
-# Logits of one model that are in memory at a time, and the fewest tokens.
-CHUNK_LOGITS, CHUNK_TOKENS = 2**22, 32
 
 
 @dataclass(kw_only=True)
@@ -52,12 +47,11 @@ class _Part:
 
     template: CallTemplate
     rounded: func.RoundedBlock
-    specs: Mapping[str, func.WeightSpec]
     apply: Callable[..., Tensor]
     pull: Callable[..., tuple[Any, Tensor]]
     factors: dict[str, dict[str, Tensor]]
     optimizers: dict[str, func.Transform]
-    states: dict[str, Any] = field(default_factory=dict)
+    states: dict[str, Any]
 
     def update(self, grads: Mapping[str, Any]) -> None:
         """One step of each layer's optimizer."""
@@ -67,31 +61,32 @@ class _Part:
         self.factors = func.keep_near(self.factors)
 
 
+@dataclass(kw_only=True)
 class ScaleTuner:
     """Tunes the scales of a journal's blocks. Memory holds the codes of all of them, a byte for each weight.
 
-    Args:
+    Attributes:
         recipe: the settings.
         model: the float model.
         plan: the fate of its layers.
         numerics: how it computes.
         device: where.
+        home: whose memory holds the rows.
         journal: whose blocks are all done.
         meter: is told of the work.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        model: OpenModel,
-        plan: Plan,
-        numerics: Numerics,
-        device: torch.device,
-        journal: Journal,
-        meter: Meter,
-    ) -> None:
-        self._recipe, self._model, self._plan, self._journal, self._meter = recipe, model, plan, journal, meter
-        self._numerics, self._device, self._dtype = numerics, device, numerics.torch_dtype
+    recipe: Recipe
+    model: OpenModel
+    plan: Plan
+    numerics: Numerics
+    device: torch.device
+    home: torch.device
+    journal: Journal
+    meter: Meter
+
+    def __post_init__(self) -> None:
+        self._dtype = self.numerics.torch_dtype
         self._compiled: dict[Any, Any] = {}
 
     def run(self, calibration: Calibration) -> dict[int, dict[str, func.Codes]]:
@@ -118,22 +113,22 @@ class ScaleTuner:
             ) from error
 
     def _run(self, calibration: Calibration) -> dict[int, dict[str, func.Codes]]:
-        steps, valid_NT = self._recipe.scale_steps, calibration.valid_NT
-        self._meter.phase("scales", "passing rows through the float blocks")
+        steps, valid_NT = self.recipe.scale_steps, calibration.valid_NT
+        self.meter.phase("scales", "passing rows through the float blocks")
         first_NTD, target_NTD, parts, items = self._open(calibration)
-        outputs = Outputs(self._model, self._device, self._dtype, items=items)
-        size, start = min(ROWS, self._recipe.batch_size), time.monotonic()
-        batches = batch_rows(self._recipe.seed, len(parts), len(valid_NT), size, steps)
+        outputs = Outputs(self.model, self.device, self._dtype, items=items)
+        size, start = scale_rows(self.recipe), time.monotonic()
+        batches = batch_rows(self.recipe.seed, len(parts), len(valid_NT), size, steps)
         for step, rows_B in enumerate(batches, start=1):
             loss = self._step(parts, outputs, first_NTD, target_NTD, valid_NT, rows_B)
             if not loss < float("inf"):
                 raise ModelError(
                     f"scale_steps: found a loss of {loss} at step {step}; needed a finite one; use --scale_steps 0"
                 )
-            self._meter.scales(step, steps, loss, (time.monotonic() - start) / step * (steps - step))
-            if self._device.type == "cpu":
+            self.meter.scales(step, steps, loss, (time.monotonic() - start) / step * (steps - step))
+            if self.device.type == "cpu":
                 trim_heap()
-        return {index: func.store_scales(self._journal.read_codes(index), part.factors)
+        return {index: func.store_scales(self.journal.read_codes(index), part.factors)
                 for index, part in enumerate(parts)}  # fmt: skip
 
     def _step(
@@ -146,7 +141,7 @@ class ScaleTuner:
         rows_B: Tensor,
     ) -> float:
         """One step over some rows; their loss before it."""
-        flows, x_BTD = [], first_NTD[rows_B].to(self._device)
+        flows, x_BTD = [], first_NTD[rows_B].to(self.device)
         with torch.no_grad():
             for part in parts:
                 flows.append(x_BTD)
@@ -163,12 +158,12 @@ class ScaleTuner:
         valid_BT = valid_BT.to(x_BTD.device)
         own_PD, float_PD = x_BTD[valid_BT], target_BTD.to(x_BTD.device)[valid_BT]
         grads, losses = [], []
-        chunk = max(CHUNK_TOKENS, CHUNK_LOGITS // self._model.config.get_text_config().vocab_size)
-        for own_CD, float_CD in zip(own_PD.split(chunk), float_PD.split(chunk), strict=True):
+        chunk = chunk_tokens(self.model)
+        for own_CD, float_CD in zip(*(torch.split(each, chunk) for each in (own_PD, float_PD)), strict=True):
             with torch.no_grad():
-                expected_CV = outputs.logits(float_CD).float().log_softmax(-1)
+                expected_CV = outputs.log_probabilities(float_CD)
             own_CD = own_CD.detach().requires_grad_()
-            found_CV = outputs.logits(own_CD).float().log_softmax(-1)
+            found_CV = outputs.log_probabilities(own_CD)
             loss = torch.nn.functional.kl_div(found_CV, expected_CV, reduction="sum", log_target=True) / len(own_PD)
             grads.append(torch.autograd.grad(loss, own_CD)[0])
             losses.append(loss.detach())
@@ -178,43 +173,39 @@ class ScaleTuner:
 
     def _open(self, calibration: Calibration) -> tuple[Tensor, Tensor, list[_Part], int]:
         """What flows into the first block and out of the last float one, the rounded blocks, and what they return."""
-        size, home = self._recipe.batch_size, self._device
-        if self._recipe.low_gpu_mem_usage:
-            home = torch.device("cpu")
+        size = self.recipe.batch_size
         first_NTD, templates = capture(
-            self._model,
-            calibration.tokens_NT.to(home),
-            calibration.valid_NT.to(home),
+            self.model,
+            calibration.tokens_NT.to(self.home),
+            calibration.valid_NT.to(self.home),
             batch_size=size,
             media=Media(calibration.extras),
-            device=self._device,
+            device=self.device,
             dtype=self._dtype,
         )
-        passes, target_NTD = Passes(batch_size=size, devices=[self._device], ranks=ALONE), first_NTD
-        parts: list[_Part] = []
+        passes, target_NTD = Passes(batch_size=size, devices=[self.device], ranks=ALONE), first_NTD
+        room, parts = partial(in_memory, "float_NTD"), list[_Part]()
         items: list[int] = []
         for index, template in enumerate(templates):
-            path = self._plan.blocks[index].path
-            block_fn = func.make_block_fn(self._model.skeleton.get_submodule(path))
-            count_items(block_fn.skeleton, items)
-            tensors = read_block(self._model, path, dtype=self._dtype, device=self._device)
-            room = partial(in_memory, "float_NTD")
+            path = self.plan.blocks[index].path
+            block_fn = func.make_block_fn(self.model.skeleton.get_submodule(path))
+            counted = count_items(block_fn.skeleton, items)
+            tensors = read_block(self.model, path, dtype=self._dtype, device=self.device)
             target_NTD = passes.outputs(block_fn, tensors, template, target_NTD, room)
-            own_fn = func.make_block_fn(self._model.skeleton.get_submodule(path))
-            parts.append(self._part(index, own_fn, template, tensors))
+            counted.remove()
+            parts.append(self._part(index, block_fn, template, tensors))
         return first_NTD, target_NTD, parts, items[-1]
 
     def _part(self, index: int, block_fn: func.BlockFn, template: CallTemplate, tensors: Mapping[str, Tensor]) -> _Part:
-        specs, codes = self._plan.blocks[index].specs, self._journal.read_codes(index)
-        codes = {path: type(own)(*(_exact(each).to(self._device) for each in own)) for path, own in codes.items()}
+        specs, codes = self.plan.blocks[index].specs, self.journal.read_codes(index)
+        codes = {path: type(own)(*(_exact(each).to(self.device) for each in own)) for path, own in codes.items()}
         frozen = {name: tensor.clone() for name, tensor in tensors.items() if name.removesuffix(".weight") not in codes}
         factors = func.init_factors(codes)
-        optimizers = {path: scale_optimizer(self._recipe.scale_steps, specs[path].bits) for path in codes}
+        optimizers = {path: scale_optimizer(self.recipe.scale_steps, specs[path].bits) for path in codes}
         apply, pull = self._functions(block_fn, specs, template.hidden)
         return _Part(
             template=template,
             rounded=func.RoundedBlock(codes, frozen),
-            specs=specs,
             apply=apply,
             pull=pull,
             factors=factors,
@@ -226,13 +217,18 @@ class ScaleTuner:
         """What applies a block and what pulls gradients back through it, shared by blocks of equal signature."""
         key = (block_fn.signature, *specs.items(), hidden)
         if key not in self._compiled:
-            own: BlockFunction = in_even_groups(block_fn, EXPERT_ROWS) if self._device.type == "cpu" else block_fn
+            own = evened(block_fn, self.numerics)
             apply = func.make_apply(own, specs, dtype=self._dtype)
             pull = func.make_pull(own, specs, dtype=self._dtype, hidden=hidden)
-            compiler = self._numerics.compiler
+            compiler = self.numerics.compiler
             self._compiled[key] = (jit(apply, compiler=compiler), jit(pull, compiler=compiler))
         own_apply, own_pull = self._compiled[key]
         return own_apply, own_pull
+
+
+def scale_rows(recipe: Recipe) -> int:
+    """How many rows a step takes."""
+    return min(ROWS, recipe.batch_size)
 
 
 def _exact(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def make_optimizer(recipe: Recipe, bits: int) -> func.Transform:
 
 
 def scale_optimizer(steps: int, bits: int) -> func.Transform:
-    """Adam on factors of scales: the coarser the grid, the farther they go. docs/experiments.md has other rates."""
+    """Adam on factors of scales: the coarser the grid, the farther they go."""
     rate = func.warm_up(func.linear_decay(SCALE_RATE / 2**bits, steps), min(WARM_STEPS, steps // 4))
     return func.adamw(rate, beta2=0.95)
 

@@ -19,10 +19,10 @@ from autoround.beside import beside
 from autoround.coverage import STARVED_TOKENS
 from autoround.errors import AutoRoundError
 from autoround.func import init
-from autoround.func.experts import also_in_turn, in_even_groups, restored
+from autoround.func.experts import also_in_turn, restored
 from autoround.func.slices import CPU_WEIGHTS
 from autoround.func.types import BlockFunction
-from autoround.passes import Passes, bound, gram_of, replicas
+from autoround.passes import Passes, bound, evened, gram_of, replicas
 from autoround.placement import SpreadFn, sharers
 from autoround.precision import Dtypes, cast
 from autoround.ranks import ALONE, Ranks, owners_by_size, summed
@@ -31,8 +31,6 @@ from autoround.schedule import batch_rows, make_optimizer
 
 # Rows that the clip search weighs input channels by; more do not change its choice, but for experts all rows count.
 MOMENT_ROWS = 32
-# Rows of an expert come in multiples of this many on a CPU, whose library of products prepares each new size anew.
-EXPERT_ROWS = 32
 # Weights of a single layer that are quantized at a time.
 LAYER_ELEMENTS = 2**23
 # Steps after which a host's heap is trimmed again: the pieces that steps free leave holes, which grow.
@@ -312,7 +310,7 @@ class BlockTuner:
 
 def lifted(block_fn: func.BlockFn, fusion: func.Fusion, numerics: Numerics) -> BlockFunction:
     """The block as steps take it."""
-    return fusion.lift(in_even_groups(block_fn, EXPERT_ROWS) if numerics.device == "cpu" else block_fn)
+    return fusion.lift(evened(block_fn, numerics))
 
 
 def observed_rows(recipe: Recipe, rows: int, *, stacked: bool) -> int:

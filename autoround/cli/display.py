@@ -181,10 +181,10 @@ def _share(progress: Progress) -> tuple[float, int]:
     """How much of a bar is done, and all of it."""
     if progress.phase == "tuning":
         return progress.block - 1 + progress.step / max(progress.steps, 1), progress.blocks
-    if progress.phase == "scales" and progress.steps:
+    if progress.steps:
         return progress.step, progress.steps
     if progress.phase == "evaluation":
-        return (progress.step, progress.steps) if progress.steps else (progress.block - 1, progress.blocks)
+        return progress.block - 1, progress.blocks
     return progress.block, progress.blocks
 
 

@@ -20,13 +20,10 @@ from autoround.evaluate.scores import TokenScores, join, score
 from autoround.model.blocks import embedding, find_blocks
 from autoround.model.capture import capture
 from autoround.model.load import OpenModel
-from autoround.model.outputs import Outputs, count_items
+from autoround.model.outputs import Outputs, chunk_tokens, count_items
 from autoround.model.read import read_block
 from autoround.progress import EvaluationMeter, Progress
 from autoround.ranks import ALONE, Ranks, owners
-
-# Logits of one model that are in memory at a time, and the fewest tokens; a chunk needs a handful of such tensors.
-CHUNK_LOGITS, CHUNK_TOKENS = 2**21, 64
 
 
 class Rows(NamedTuple):
@@ -199,23 +196,23 @@ def _run_blocks(model: OpenModel, rows: Rows, streaming: Streaming, on_block: Ca
     return _Ended(model, hidden_NTD, items[-1])
 
 
+@torch.no_grad()
 def _score_pair(
     reference: _Ended, candidate: _Ended | None, rows: Rows, streaming: Streaming, tell: Callable[[int, int], None]
 ) -> tuple[Streamed, Streamed]:
     """The reference's own scores and the candidate's, or twice its own; tells how many tokens of all are scored."""
     ours, theirs = reference.outputs(streaming), candidate and candidate.outputs(streaming)
-    vocabulary = reference.model.config.get_text_config().vocab_size
     parts: tuple[list[TokenScores], list[TokenScores]] = [], []
     tops: tuple[list[Tensor], list[Tensor]] = [], []
     places_P2, done = rows.places_P2, 0
     tell(done, len(places_P2))
-    for places_C2 in torch.split(places_P2, max(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary)):
+    for places_C2 in torch.split(places_P2, chunk_tokens(reference.model)):
         row_C, column_C = places_C2.unbind(1)
         next_C = rows.tokens_NT[row_C, column_C].to(streaming.device)
-        expected_CV = _log_probabilities(ours, reference.hidden_NTD[row_C, column_C - 1])
+        expected_CV = ours.log_probabilities(reference.hidden_NTD[row_C, column_C - 1])
         found = [expected_CV, expected_CV]
         if candidate is not None and theirs is not None:
-            found[1] = _log_probabilities(theirs, candidate.hidden_NTD[row_C, column_C - 1])
+            found[1] = theirs.log_probabilities(candidate.hidden_NTD[row_C, column_C - 1])
             _check_vocabularies(reference.model, candidate.model, *found)
         for log_CV, scores, top in zip(found, parts, tops, strict=True):
             own = score(expected_CV, log_CV, next_C)
@@ -225,11 +222,6 @@ def _score_pair(
         tell(done, len(places_P2))
     first, second = (Streamed(join(scores), torch.cat(top)) for scores, top in zip(parts, tops, strict=True))
     return first, second
-
-
-def _log_probabilities(outputs: Outputs, hidden_CD: Tensor) -> Tensor:
-    with torch.no_grad():
-        return outputs.logits(hidden_CD).float().log_softmax(-1)
 
 
 def _check_vocabularies(reference: OpenModel, candidate: OpenModel, expected_CV: Tensor, log_CV: Tensor) -> None:

@@ -20,7 +20,7 @@ from autoround.model.calls import CallTemplate
 from autoround.model.read import read_block
 from autoround.passes import gram_of
 from autoround.precision import cast
-from autoround.scales import ROWS as SCALE_ROWS
+from autoround.scales import scale_rows
 from autoround.schedule import make_optimizer
 from autoround.spec import GgufSpec, QuantSpec
 from autoround.tuner import lifted, observed_rows
@@ -171,7 +171,7 @@ def _scale_seconds(blank: BlankRun, sample: _Sample, steps: int, forward: float)
         steps: how many.
         forward: seconds of a block for one row.
     """
-    run, rows, specs = blank.run, min(SCALE_ROWS, blank.run.recipe.batch_size), sample.specs
+    run, rows, specs = blank.run, scale_rows(blank.run.recipe), sample.specs
     codes = {path: func.quantize(own, func.nearest(own), specs[path]) for path, own in sample.weights.tuned.items()}
     rounded = func.RoundedBlock(codes, cast(sample.weights.frozen, blank.dtypes))
     factors, batch, settings = func.init_factors(codes), sample.batch(rows), {"dtype": run.numerics.torch_dtype}

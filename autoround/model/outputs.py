@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from autoround.model.blocks import embedding, find_blocks
 from autoround.model.carry import strip
 from autoround.model.load import OpenModel
 from autoround.model.record import RecordingModel
+
+# Logits of one model that are in memory at a time, and the fewest tokens; a chunk needs a handful of such tensors.
+CHUNK_LOGITS, CHUNK_TOKENS = 2**21, 64
 
 
 class Outputs(RecordingModel):
@@ -42,17 +46,26 @@ class Outputs(RecordingModel):
         logits_C1V: Tensor = self._model(input_ids=tokens_C1, use_cache=False).logits
         return logits_C1V[:, 0]
 
+    def log_probabilities(self, hidden_CD: Tensor) -> Tensor:
+        """Those of the next token (C, V), float32, differentiable as the logits are."""
+        return self.logits(hidden_CD).float().log_softmax(-1)
+
     def _replace(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The outputs of the last block in place of its inputs."""
         del module, args
         return self._hidden_C1D if isinstance(output, Tensor) else (self._hidden_C1D, *output[1:])
 
 
-def count_items(block: nn.Module, items: list[int]) -> None:
-    """From now on, add how many items each call of a block returns to a list; 0 for the hidden states alone."""
-    block.register_forward_hook(
+def count_items(block: nn.Module, items: list[int]) -> RemovableHandle:
+    """Until it is removed, add how many items each call of a block returns to a list; 0 for the hidden states alone."""
+    return block.register_forward_hook(
         lambda module, args, output: items.append(0 if isinstance(output, Tensor) else len(output))
     )
+
+
+def chunk_tokens(model: OpenModel) -> int:
+    """Of how many tokens the logits should be in memory at a time."""
+    return max(CHUNK_TOKENS, CHUNK_LOGITS // model.config.get_text_config().vocab_size)
 
 
 class _NoEmbedding(nn.Module):

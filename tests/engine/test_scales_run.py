@@ -112,6 +112,16 @@ def test_a_run_that_ends_among_them_goes_on(tmp_path: Path) -> None:
     assert hashes(late) == hashes(folders[0])
 
 
+def test_a_model_that_is_kept_whole_has_none(tmp_path: Path) -> None:
+    model, words = gguf_models.make("llama", **WIDE), sentencepiece()
+    made: dict[str, Any] = {"format": ("gguf:f16",), "bits": None, "group_size": None}
+    run = quantize(model, scaled(tmp_path, 5, **made), tokenizer=words)
+    assert not run.plan.specs
+    at_once, target = run.export(), Target(folder=tmp_path / "late", formats=made["format"])
+    late = export_journal(run.journal_folder, target, model=model, tokenizer=words)
+    assert [hashes(folder) for folder in at_once] == [hashes(folder) for folder in late]
+
+
 def test_progress_of_the_scales(tmp_path: Path) -> None:
     events: list[Progress] = []
     list(quantize(make(), scaled(tmp_path, 6), on_progress=events.append))
