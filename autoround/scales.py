@@ -37,8 +37,8 @@ from autoround.ranks import ALONE
 from autoround.recipe import Recipe
 from autoround.schedule import batch_rows, scale_optimizer
 
-# Rows of a step at most: of as many tokens, more steps of fewer rows reach a lower KL divergence.
-ROWS = 4
+# Rows of a step at most: of as many tokens, more steps of fewer rows reach a lower KL divergence, down to two.
+ROWS = 2
 
 
 @dataclass(kw_only=True)
@@ -113,11 +113,13 @@ class ScaleTuner:
             ) from error
 
     def _run(self, calibration: Calibration) -> dict[int, dict[str, func.Codes]]:
-        steps, valid_NT = self.recipe.scale_steps, calibration.valid_NT
+        steps, size = self.recipe.scale_steps, scale_rows(self.recipe)
+        calibration = calibration.first(steps * size)  # others would not be used
+        valid_NT = calibration.valid_NT
         self.meter.phase("scales", "passing rows through the float blocks")
         first_NTD, target_NTD, parts, items = self._open(calibration)
         outputs = Outputs(self.model, self.device, self._dtype, items=items)
-        size, start = scale_rows(self.recipe), time.monotonic()
+        start = time.monotonic()
         batches = batch_rows(self.recipe.seed, len(parts), len(valid_NT), size, steps)
         for step, rows_B in enumerate(batches, start=1):
             loss = self._step(parts, outputs, first_NTD, target_NTD, valid_NT, rows_B)

@@ -139,10 +139,10 @@ TOOLS: dict[str, Tool] = {
         # scales of all blocks together, after the last one
         | {
             f"opt_rtn+{steps}-scale-steps": _ours("auto-round-opt-rtn", "--scale_steps", str(steps))
-            for steps in (16, 32)
+            for steps in (32, 48, 64)
         }
         | {
-            f"{name}+32-scale-steps": _ours(command, "--scale_steps", "32")
+            f"{name}+64-scale-steps": _ours(command, "--scale_steps", "64")
             for name, command in (("default", "auto-round"), ("light", "auto-round-light"))
         },
     ),

@@ -45,6 +45,12 @@ class Calibration(NamedTuple):
     report: CalibrationReport
     extras: tuple[Extras, ...] = ()
 
+    def first(self, rows: int) -> "Calibration":
+        """That many of them."""
+        return self._replace(
+            tokens_NT=self.tokens_NT[:rows], valid_NT=self.valid_NT[:rows], extras=self.extras[:rows]
+        )
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All that decides what is learned, by name."""
         yield from (("tokens", self.tokens_NT), ("valid", self.valid_NT))

@@ -20,7 +20,7 @@ from tests.formats import gguf_models
 from tests.formats.gguf_tokenizers import sentencepiece
 
 
-def scaled(folder: Path, steps: int = 24, **settings: Any) -> Recipe:
+def scaled(folder: Path, steps: int = 48, **settings: Any) -> Recipe:
     return recipe(folder, scale_steps=steps, **settings)
 
 
