@@ -47,9 +47,7 @@ class Calibration(NamedTuple):
 
     def first(self, rows: int) -> "Calibration":
         """That many of them."""
-        return self._replace(
-            tokens_NT=self.tokens_NT[:rows], valid_NT=self.valid_NT[:rows], extras=self.extras[:rows]
-        )
+        return self._replace(tokens_NT=self.tokens_NT[:rows], valid_NT=self.valid_NT[:rows], extras=self.extras[:rows])
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All that decides what is learned, by name."""
