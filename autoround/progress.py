@@ -130,11 +130,13 @@ class Meter:
             loss_first=self._loss_first, loss=loss(), tokens_per_second=rate, seconds=self._elapsed(),
             eta_seconds=self._eta(step, now), memory_bytes=self._memory()))  # fmt: skip
 
-    def scales(self, step: int, steps: int, loss: float, eta: float) -> None:
-        """A step of the scales of all blocks is done."""
+    def scales(self, step: int, steps: int, loss: float) -> None:
+        """A step of the scales of all blocks is done; the first one waits for the compiler, and says nothing of others."""
+        now = time.monotonic()
         if step == 1:
-            self._loss_first = loss
+            self._tuning_start, self._loss_first = now, loss
         if self._listen is not None:
+            eta = (now - self._tuning_start) / (step - 1) * (steps - step) if step > 1 else None
             self._listen(Progress(phase="scales", block=self._block, blocks=self._blocks, step=step, steps=steps,
                                   loss_first=self._loss_first, loss=loss, seconds=self._elapsed(), eta_seconds=eta,
                                   memory_bytes=self._memory()))  # fmt: skip

@@ -60,7 +60,7 @@ class Recipe:
 
     format: tuple[str, ...] = option(("auto_round",), "comma list of layouts to write", "output", "formats")
     output_dir: str = option("autoround-output", "folder for the quantized model and its journal", "output")
-    overwrite: bool = option(False, "discard what is in the output folder", "output")
+    overwrite: bool = option(False, "discard what is in the output folder and its journal", "output")
     restart: bool = option(False, "discard an earlier run's journal of this output folder and begin anew", "output")
     max_shard_size: str = option("5GB", "largest size of one weight file", "output")
 
@@ -72,7 +72,7 @@ class Recipe:
     batch_size: int = option(8, "rows in a tuning step", "calibration", "bs", "train_bs", "train_batch_size")
     seed: int = option(42, "seed of row order and batches", "calibration")
 
-    iters: int = option(200, "tuning steps per block; 0 rounds to nearest", "tuning", "iter")
+    iters: int = option(200, "tuning steps per block; 0 takes none", "tuning", "iter")
     lr: float | None = option(
         None, "learning rate of the offsets; when unset 1/iters, half of it at more than 2 bits, and twice as much "
         "from 1000 steps on at 2 and 3", "tuning")

@@ -7,7 +7,6 @@ predictions, and pulls its gradient back through the blocks to their scales. Cod
 Legend: N samples, B samples in a step, T tokens, D hidden size, C tokens whose logits are compared at a time.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from autoround import func
 from autoround.activations import in_memory
 from autoround.backends.base import Numerics, jit
 from autoround.backends.host import trim_heap
+from autoround.beside import beside
 from autoround.data.tokens import Calibration
 from autoround.errors import ModelError
 from autoround.journal import Journal
@@ -113,21 +113,19 @@ class ScaleTuner:
             ) from error
 
     def _run(self, calibration: Calibration) -> dict[int, dict[str, func.Codes]]:
-        steps, size = self.recipe.scale_steps, scale_rows(self.recipe)
-        calibration = calibration.first(steps * size)  # others would not be used
+        steps, calibration = self.recipe.scale_steps, calibration.first(used_rows(self.recipe))
         valid_NT = calibration.valid_NT
         self.meter.phase("scales", "passing rows through the float blocks")
         first_NTD, target_NTD, parts, items = self._open(calibration)
         outputs = Outputs(self.model, self.device, self._dtype, items=items)
-        start = time.monotonic()
-        batches = batch_rows(self.recipe.seed, len(parts), len(valid_NT), size, steps)
+        batches = batch_rows(self.recipe.seed, len(parts), len(valid_NT), scale_rows(self.recipe), steps)
         for step, rows_B in enumerate(batches, start=1):
             loss = self._step(parts, outputs, first_NTD, target_NTD, valid_NT, rows_B)
             if not loss < float("inf"):
                 raise ModelError(
                     f"scale_steps: found a loss of {loss} at step {step}; needed a finite one; use --scale_steps 0"
                 )
-            self.meter.scales(step, steps, loss, (time.monotonic() - start) / step * (steps - step))
+            self.meter.scales(step, steps, loss)
             if self.device.type == "cpu":
                 trim_heap()
         return {index: func.store_scales(self.journal.read_codes(index), part.factors)
@@ -175,19 +173,19 @@ class ScaleTuner:
 
     def _open(self, calibration: Calibration) -> tuple[Tensor, Tensor, list[_Part], int]:
         """What flows into the first block and out of the last float one, the rounded blocks, and what they return."""
-        size = self.recipe.batch_size
+        size = scale_rows(self.recipe)
         first_NTD, templates = capture(
             self.model,
             calibration.tokens_NT.to(self.home),
             calibration.valid_NT.to(self.home),
-            batch_size=size,
+            batch_size=self.recipe.batch_size,
             media=Media(calibration.extras),
             device=self.device,
             dtype=self._dtype,
         )
         passes, target_NTD = Passes(batch_size=size, devices=[self.device], ranks=ALONE), first_NTD
-        room, parts = partial(in_memory, "float_NTD"), list[_Part]()
-        items: list[int] = []
+        room, parts, items = partial(in_memory, "float_NTD"), list[_Part](), list[int]()
+        compiled: Callable[[], object] = lambda: None  # noqa: E731 of a block that is there
         for index, template in enumerate(templates):
             path = self.plan.blocks[index].path
             block_fn = func.make_block_fn(self.model.skeleton.get_submodule(path))
@@ -196,7 +194,18 @@ class ScaleTuner:
             target_NTD = passes.outputs(block_fn, tensors, template, target_NTD, room)
             counted.remove()
             parts.append(self._part(index, block_fn, template, tensors))
+            if index == 0 and self.numerics.compiler:
+                compiled = beside(partial(self._compile, parts[0], first_NTD, torch.arange(min(size, len(first_NTD)))))
+        compiled()
         return first_NTD, target_NTD, parts, items[-1]
+
+    def _compile(self, part: _Part, x_NTD: Tensor, rows_B: Tensor) -> None:
+        """Compile for blocks like this one, beside the float blocks: a step over it that is thrown away."""
+        torch.set_num_threads(self.numerics.threads)  # compiled code is for so many
+        call = part.template.bind(x_NTD[rows_B].to(self.device), rows_B)
+        with torch.no_grad():
+            y_BTD = part.apply(part.rounded, part.factors, call)
+        part.pull(part.rounded, part.factors, call, torch.zeros_like(y_BTD))
 
     def _part(self, index: int, block_fn: func.BlockFn, template: CallTemplate, tensors: Mapping[str, Tensor]) -> _Part:
         specs, codes = self.plan.blocks[index].specs, self.journal.read_codes(index)
@@ -231,6 +240,11 @@ class ScaleTuner:
 def scale_rows(recipe: Recipe) -> int:
     """How many rows a step takes."""
     return min(ROWS, recipe.batch_size)
+
+
+def used_rows(recipe: Recipe) -> int:
+    """How many of the rows all steps need, the first ones."""
+    return min(recipe.nsamples, recipe.scale_steps * scale_rows(recipe))
 
 
 def _exact(tensor: Tensor) -> Tensor:

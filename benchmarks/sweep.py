@@ -90,7 +90,8 @@ def groups(bits: int) -> dict[str, list[Variant]]:
         "start200": _variants(bits, iters=(200,), clip_search=both, keep=("best", "last")),
         "adam": _variants(bits, iters=(25,), adam=(True,), lr=(0.01, 0.02, 0.04)),
         "keep": _variants(bits, iters=(25,), keep=("best",)),
-        "scales": _variants(bits, iters=(0,), clip_search=(True,), scale_steps=(0, 16, 32, 64)),
+        "scales": _variants(bits, iters=(0,), clip_search=(True,), scale_steps=(0, 32, 64, 128)),
+        "scales200": _variants(bits, iters=(200,), scale_steps=(0, 64)),
         "apart": _variants(bits, iters=(25,), lr=(0.04,), parallel=("data", "blocks")),
     }
 

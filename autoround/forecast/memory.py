@@ -24,7 +24,7 @@ from autoround.func.compensate import compensate
 from autoround.model.finish import read_weight
 from autoround.model.read import read_block
 from autoround.recipe import Recipe
-from autoround.scales import scale_rows
+from autoround.scales import scale_rows, used_rows
 from autoround.slots import SLOTS
 from autoround.tuner import BlockTuner
 
@@ -90,7 +90,7 @@ def _scales(blank: BlankRun, blocks: Sequence[BlockNeed]) -> int:
     codes = sum(len(need.paths) * need.codes for need in blocks)
     row = math.prod(blank.hidden) * blank.run.numerics.torch_dtype.itemsize
     flows = (len(blank.run.plan.blocks) + 1) * scale_rows(recipe) * row
-    return round(SCALED_BYTES * codes) + flows + 2 * recipe.nsamples * row
+    return round(SCALED_BYTES * codes) + flows + 2 * used_rows(recipe) * row
 
 
 def _stored(blank: BlankRun, index: int) -> int:

@@ -20,7 +20,7 @@ from autoround.model.calls import CallTemplate
 from autoround.model.read import read_block
 from autoround.passes import gram_of
 from autoround.precision import cast
-from autoround.scales import scale_rows
+from autoround.scales import scale_rows, used_rows
 from autoround.schedule import make_optimizer
 from autoround.spec import GgufSpec, QuantSpec
 from autoround.tuner import lifted, observed_rows
@@ -185,7 +185,7 @@ def _scale_seconds(blank: BlankRun, sample: _Sample, steps: int, forward: float)
 
     count, weights = len(run.plan.blocks), sum(own.numel() for own in sample.whole.values())
     head: float = run.model.config.get_text_config().vocab_size * batch.target_BTD.shape[-1] / weights
-    return steps * (count + head) * _timed(step, run.device) + run.recipe.nsamples * count * forward
+    return steps * (count + head) * _timed(step, run.device) + used_rows(run.recipe) * count * forward
 
 
 def _search_seconds(blank: BlankRun) -> float:

@@ -174,7 +174,7 @@ def test_help_tells_every_setting_and_its_default(preset: str, capsys: pytest.Ca
     assert caught.value.code == 0
     assert text.startswith(f"usage: {program(preset)} MODEL [flags]")
     assert [name for name in settings_of(Recipe) if f" --{name} " not in text] == []
-    assert f"rounds to nearest [default {RESOLVED[preset][0]}; also --iter]" in text
+    assert f"0 takes none [default {RESOLVED[preset][0]}; also --iter]" in text
     assert f"rows of calibration tokens [default {RESOLVED[preset][1]}; also --nsample]" in text
 
 
