@@ -131,7 +131,7 @@ class Meter:
             eta_seconds=self._eta(step, now), memory_bytes=self._memory()))  # fmt: skip
 
     def scales(self, step: int, steps: int, loss: float) -> None:
-        """A step of the scales of all blocks is done; the first one waits for the compiler, and says nothing of others."""
+        """A step of the scales of all blocks is done; the first one may compile, and says nothing of the others."""
         now = time.monotonic()
         if step == 1:
             self._tuning_start, self._loss_first = now, loss

@@ -14,8 +14,8 @@ from autoround.model.carry import strip
 from autoround.model.load import OpenModel
 from autoround.model.record import RecordingModel
 
-# Logits of one model that are in memory at a time, and the fewest tokens; a chunk needs a handful of such tensors, which
-# a heap that maps larger ones anew each time keeps.
+# Logits of one model that are in memory at a time, and the fewest tokens; a chunk needs a handful of such tensors.
+# The heap keeps them; larger ones are mapped anew each time.
 CHUNK_LOGITS, CHUNK_TOKENS = 2**21, 40
 
 
