@@ -20,13 +20,12 @@ from autoround.errors import AutoRoundError, JournalError, ModelError
 from autoround.journal import Journal
 from autoround.log import LOGGER
 from autoround.model.calls import CallTemplate
-from autoround.model.capture import capture
 from autoround.model.finish import Ending, mean_square, read_weight
 from autoround.model.load import OpenModel
 from autoround.model.media import Media
 from autoround.model.read import BlockReader
 from autoround.numerics import divided, ran_out
-from autoround.passes import Passes
+from autoround.passes import Passes, captured
 from autoround.placement import SpreadFn, as_named, fitted
 from autoround.plan import Plan
 from autoround.precision import Dtypes, cast, held_dtypes
@@ -260,16 +259,10 @@ class BlockLoop:
         if calibration is None:
             return
         self.meter.phase("calibration", f"capturing the calls of all blocks; activations lie {self.place}")
-        home = self.place.home
         self._valid_NT = calibration.valid_NT
-        hidden_NTD, self._templates = capture(
-            self.model,
-            calibration.tokens_NT.to(home),
-            calibration.valid_NT.to(home),
-            batch_size=self.recipe.batch_size,
-            media=Media(calibration.extras),
-            device=self.devices[0],
-            dtype=self.numerics.torch_dtype,
+        size, home, device = self.recipe.batch_size, self.place.home, self.devices[0]
+        hidden_NTD, self._templates = captured(
+            self.model, calibration, self.numerics, batch_size=size, home=home, device=device
         )
         if start and not self._apart:
             self._stream = self._kept(start)

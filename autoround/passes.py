@@ -13,10 +13,14 @@ from torch.utils._pytree import tree_map
 from autoround import func
 from autoround.activations import Inputs
 from autoround.backends.base import Numerics
+from autoround.data.tokens import Calibration
 from autoround.func import init
 from autoround.func.experts import in_even_groups
 from autoround.func.types import BlockFunction
 from autoround.model.calls import CallTemplate
+from autoround.model.capture import Captured, capture
+from autoround.model.load import OpenModel
+from autoround.model.media import Media
 from autoround.placement import sharers
 from autoround.ranks import ALONE, Ranks, owners, summed
 
@@ -126,6 +130,27 @@ def _gram_of_bfloat16(x_MI: Tensor) -> Tensor:
         return init.gram_in_tiles(x_MI)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def captured(
+    model: OpenModel,
+    calibration: Calibration,
+    numerics: Numerics,
+    *,
+    batch_size: int,
+    home: torch.device,
+    device: torch.device,
+) -> Captured:
+    """How every block is called for the calibration rows, and what flows into the first one, where the rows live."""
+    return capture(
+        model,
+        calibration.tokens_NT.to(home),
+        calibration.valid_NT.to(home),
+        batch_size=batch_size,
+        media=Media(calibration.extras),
+        device=device,
+        dtype=numerics.torch_dtype,
+    )
 
 
 def evened(block_fn: func.BlockFn, numerics: Numerics) -> BlockFunction:

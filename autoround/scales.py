@@ -24,13 +24,11 @@ from autoround.data.tokens import Calibration
 from autoround.errors import ModelError
 from autoround.journal import Journal
 from autoround.model.calls import CallTemplate
-from autoround.model.capture import capture
 from autoround.model.load import OpenModel
-from autoround.model.media import Media
 from autoround.model.outputs import Outputs, chunk_tokens, count_items
 from autoround.model.read import read_block
 from autoround.numerics import ran_out
-from autoround.passes import Passes, evened
+from autoround.passes import Passes, bound, captured, evened
 from autoround.plan import Plan
 from autoround.progress import Meter
 from autoround.ranks import ALONE
@@ -87,7 +85,7 @@ class ScaleTuner:
 
     def __post_init__(self) -> None:
         self._dtype = self.numerics.torch_dtype
-        self._compiled: dict[Any, Any] = {}
+        self._compiled: dict[Any, tuple[Any, Any]] = {}
 
     def run(self, calibration: Calibration) -> dict[int, dict[str, func.Codes]]:
         """Take all steps.
@@ -173,19 +171,14 @@ class ScaleTuner:
 
     def _open(self, calibration: Calibration) -> tuple[Tensor, Tensor, list[_Part], int]:
         """What flows into the first block and out of the last float one, the rounded blocks, and what they return."""
-        size = scale_rows(self.recipe)
-        first_NTD, templates = capture(
-            self.model,
-            calibration.tokens_NT.to(self.home),
-            calibration.valid_NT.to(self.home),
-            batch_size=self.recipe.batch_size,
-            media=Media(calibration.extras),
-            device=self.device,
-            dtype=self._dtype,
+        size, home, device = self.recipe.batch_size, self.home, self.device
+        first_NTD, templates = captured(
+            self.model, calibration, self.numerics, batch_size=size, home=home, device=device
         )
-        passes, target_NTD = Passes(batch_size=size, devices=[self.device], ranks=ALONE), first_NTD
+        passes = Passes(batch_size=scale_rows(self.recipe), devices=[device], ranks=ALONE)
+        target_NTD = first_NTD
         room, parts, items = partial(in_memory, "float_NTD"), list[_Part](), list[int]()
-        compiled: Callable[[], object] = lambda: None  # noqa: E731 of a block that is there
+        ahead: list[Callable[[], object]] = []
         for index, template in enumerate(templates):
             path = self.plan.blocks[index].path
             block_fn = func.make_block_fn(self.model.skeleton.get_submodule(path))
@@ -195,14 +188,16 @@ class ScaleTuner:
             counted.remove()
             parts.append(self._part(index, block_fn, template, tensors))
             if index == 0 and self.numerics.compiler:
-                compiled = beside(partial(self._compile, parts[0], first_NTD, torch.arange(min(size, len(first_NTD)))))
-        compiled()
+                ahead.append(beside(partial(self._compile, parts[0], first_NTD)))
+        for compiled in ahead:
+            compiled()
         return first_NTD, target_NTD, parts, items[-1]
 
-    def _compile(self, part: _Part, x_NTD: Tensor, rows_B: Tensor) -> None:
+    def _compile(self, part: _Part, x_NTD: Tensor) -> None:
         """Compile for blocks like this one, beside the float blocks: a step over it that is thrown away."""
         torch.set_num_threads(self.numerics.threads)  # compiled code is for so many
-        call = part.template.bind(x_NTD[rows_B].to(self.device), rows_B)
+        rows_B = torch.arange(min(scale_rows(self.recipe), len(x_NTD)))
+        call = bound(part.template, x_NTD, rows_B, self.device)
         with torch.no_grad():
             y_BTD = part.apply(part.rounded, part.factors, call)
         part.pull(part.rounded, part.factors, call, torch.zeros_like(y_BTD))
@@ -233,8 +228,7 @@ class ScaleTuner:
             pull = func.make_pull(own, specs, dtype=self._dtype, hidden=hidden)
             compiler = self.numerics.compiler
             self._compiled[key] = (jit(apply, compiler=compiler), jit(pull, compiler=compiler))
-        own_apply, own_pull = self._compiled[key]
-        return own_apply, own_pull
+        return self._compiled[key]
 
 
 def scale_rows(recipe: Recipe) -> int:

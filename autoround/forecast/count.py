@@ -1,5 +1,6 @@
 """Counting the bytes of tensors while code runs on tensors without data."""
 
+import gc
 import weakref
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from autoround.backends.host import MAPPED_BYTES
 
 _aten = torch.ops.aten
+# After so many new tensors their cycles are collected, about as often as Python would.
+COLLECTED_TENSORS = 32
 
 
 class ByteCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -36,6 +39,20 @@ class ByteCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live: dict[str, int] = defaultdict(int)
         self.peak: dict[str, int] = defaultdict(int)
         self._known = WeakIdKeyDictionary()
+        self._noted, self._collects = 0, False
+
+    def __enter__(self) -> "ByteCount":
+        """Cycles of tensors are collected at moments that do not depend on what the process did before."""
+        gc.collect()
+        self._collects = gc.isenabled()
+        gc.disable()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if self._collects:
+            gc.enable()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -57,6 +74,9 @@ class ByteCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self._known[storage] = True
         size = self.resident(storage.nbytes(), device)
+        self._noted += 1
+        if self._noted % COLLECTED_TENSORS == 0:
+            gc.collect(1)
         self.live[device] += size
         self.peak[device] = max(self.peak[device], self.live[device])
         weakref.finalize(storage, self._free, device, size)

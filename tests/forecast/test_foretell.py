@@ -115,10 +115,8 @@ def test_a_hub_model_is_planned_by_its_headers(saved: Path, tmp_path: Path) -> N
     told = json.loads(done.stdout)
     local = planned(saved, dataset="python-docs", bits=4, iters=200, clip_search=None, batch_size=8)
     assert told["files"] == local.files
-    found, own = told["memory"]["blocks"], [dataclasses.asdict(need) for need in local.memory.blocks]
-    # processes collect cycles of tensors at different moments
-    assert [need.pop("host") for need in found] == pytest.approx([need.pop("host") for need in own], rel=0.01)
-    assert found == [need | {"paths": list(need["paths"])} for need in own]
+    assert told["memory"]["blocks"] == [dataclasses.asdict(need) | {"paths": list(need.paths)}
+                                        for need in local.memory.blocks]  # fmt: skip
 
 
 def test_a_hub_model_without_safetensors(tmp_path: Path) -> None:
