@@ -16,6 +16,7 @@ from autoround.backends.base import Numerics, named, of_rank, select_all
 from autoround.backends.host import free_bytes
 from autoround.beside import beside
 from autoround.coverage import told
+from autoround.data.positions import within_positions
 from autoround.data.tokens import Calibration, load_calibration, needs_tokenizer
 from autoround.errors import UsageError
 from autoround.export import Target, origin, write_formats
@@ -147,6 +148,7 @@ class Run:
             tokenizer=tokenizer,
             attn_implementation=attention,
         )
+        self.recipe = recipe = within_positions(recipe, self.model.config)
         shape = dataclasses.replace(describe(self.model.skeleton), head=head_path(self.model.skeleton))
         self._head = shape.head
         recorded = {**needed_numerics(self.model.config.model_type), **recorded}
@@ -161,7 +163,8 @@ class Run:
         self._place = choose_place(recipe, self.model, dtype, self._device, free)
         listen = on_progress if self._first else None
         abreast = self.ranks.size if recipe.parallel == "blocks" else 1
-        self._meter = Meter(len(self.plan.parts), recipe.iters, self._backend.memory_bytes, listen, abreast)
+        then = "scales" if recipe.scale_steps and self.plan.specs else ""
+        self._meter = Meter(len(self.plan.parts), recipe.iters, self._backend.memory_bytes, listen, abreast, then)
         self._journal: Journal | None = None
         self._lock: BaseFileLock | None = None  # of a journal that is there; held from before the first work on
         self._origin = origin(
@@ -209,15 +212,16 @@ class Run:
         for index in range(finished):
             yield self._meter.resumed(index, self.plan.parts[index].title, told(journal.read_stats(index)))
         if finished < len(self.plan.parts):
-            yield from self._loop(journal).run(calibration, finished)
+            yield from self._loop(journal).run(calibration if self.recipe.tunes_blocks else None, finished)
         journal.activations.drop()
         self._tune_scales(journal, calibration)
 
     def _tune_scales(self, journal: Journal, calibration: Calibration | None) -> None:
         """What the recipe asks for after the last block; the first rank does it while others wait."""
         if self._first and journal.scale_steps() != self._scale_steps:
-            journal.drop_scales()
-            if self._scale_steps and calibration is not None:
+            if not self._scale_steps:
+                journal.drop_scales()
+            elif calibration is not None:
                 tuner = ScaleTuner(
                     recipe=self.recipe,
                     model=self.model,

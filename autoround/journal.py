@@ -170,7 +170,7 @@ class Journal:
     def _read_scales(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tuned scales and the notes beside them, empty where there are none; their file is read once."""
         if self._tuned is None and self._scales.exists():
-            self._tuned = _load(self._scales)
+            self._tuned = _load(self._scales, "delete it, and the scales are tuned again")
         return self._tuned or ({}, {})
 
     @property
@@ -295,8 +295,8 @@ def _save(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None
         save_file(tensors, temporary, {NOTES: json.dumps({**notes, SEAL: seal_of(notes, tensors)})})
 
 
-def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    needed = "needed a file of this journal; start anew with --restart"
+def _load(path: Path, remedy: str = "start anew with --restart") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    needed = f"needed a file of this journal; {remedy}"
     try:
         with safe_open(path, framework="pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  not a dict

@@ -46,6 +46,7 @@ def choose_numerics(
     if compiled is None:
         helps = backend.compile_helps(steps * len(plan.blocks)) or _searched(recipe, plan) >= COMPILE_SEARCHED
         compiled = helps and not backend.lacks()
+    learns = recipe.iters > 0 or recipe.searches_clips or recipe.scale_steps > 0
     dtype = backend.compute_dtype()
     if any(layer.shape.experts for layer in plan.layers.values()) and dtype != torch.bfloat16:
         if recipe.torch_compile:
@@ -55,7 +56,7 @@ def choose_numerics(
         device=backend.name,
         dtype=str(dtype).removeprefix("torch."),
         attention=recorded["attention"],
-        compiler=backend.compiler if compiled and (recipe.iters > 0 or recipe.searches_clips) else None,
+        compiler=backend.compiler if compiled and learns else None,
         threads=torch.get_num_threads(),
         micro_batches=min(math.lcm(recipe.gradient_accumulate_steps, devices), rows, recipe.nsamples),
     )

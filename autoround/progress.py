@@ -21,6 +21,7 @@ class Progress:
         loss_first, loss: of the first step and of the latest; None before the first step.
         tokens_per_second: of tuning in this block.
         seconds, eta_seconds: since the start, and still to go as far as known.
+        then: what comes after all that ``eta_seconds`` counts and takes its time too; empty where nothing does.
         memory_bytes: held by this process on the device in use.
         message: detail of the phase.
     """
@@ -35,6 +36,7 @@ class Progress:
     tokens_per_second: float | None = None
     seconds: float = 0.0
     eta_seconds: float | None = None
+    then: str = ""
     memory_bytes: int = 0
     message: str = ""
 
@@ -72,6 +74,7 @@ class Meter:
         memory: bytes held on the device.
         listen: where events go.
         abreast: blocks that are tuned at the same time, each by another process.
+        then: what follows the last block.
     """
 
     def __init__(
@@ -81,9 +84,10 @@ class Meter:
         memory: Callable[[], int],
         listen: Callable[[Progress], None] | None,
         abreast: int = 1,
+        then: str = "",
     ) -> None:
         self._blocks, self._steps, self._memory, self._listen = blocks, steps, memory, listen
-        self._abreast = abreast
+        self._abreast, self._then = abreast, then
         self._start = time.monotonic()
         self._block, self._reported, self._loss_first = 0, 0.0, 0.0
         # Of the current block: when it began, when its first step was done, and its latest.
@@ -97,11 +101,16 @@ class Meter:
         self._tell(phase, message, None)
 
     def _tell(
-        self, phase: Literal["calibration", "tuning", "scales", "export"], message: str, eta: float | None
+        self,
+        phase: Literal["calibration", "tuning", "scales", "export"],
+        message: str,
+        eta: float | None,
+        then: str = "",
     ) -> None:
         if self._listen is not None:
-            self._listen(Progress(phase=phase, block=self._block, blocks=self._blocks, seconds=self._elapsed(),
-                                  eta_seconds=eta, memory_bytes=self._memory(), message=message))  # fmt: skip
+            self._listen(Progress(phase=phase, block=self._block, blocks=self._blocks, message=message,
+                                  seconds=self._elapsed(), eta_seconds=eta, then=then,
+                                  memory_bytes=self._memory()))  # fmt: skip
 
     def resumed(self, index: int, path: str, stats: Mapping[str, Any]) -> BlockDone:
         """A block was found finished."""
@@ -114,7 +123,7 @@ class Meter:
         self._block = index + 1
         self._block_start = self._tuning_start = self._step_end = time.monotonic()
         usual = median(self._taken[1:] or self._taken) if self._taken else None
-        self._tell("tuning", path, None if usual is None else usual * (1 + self._turns_left()))
+        self._tell("tuning", path, None if usual is None else usual * (1 + self._turns_left()), self._then)
 
     def step(self, step: int, tokens: int, loss: Callable[[], float]) -> None:
         """A tuning step of so many tokens is done; its loss is read only when it is time to report."""
@@ -128,7 +137,7 @@ class Meter:
         self._listen(Progress(
             phase="tuning", block=self._block, blocks=self._blocks, step=step, steps=self._steps,
             loss_first=self._loss_first, loss=loss(), tokens_per_second=rate, seconds=self._elapsed(),
-            eta_seconds=self._eta(step, now), memory_bytes=self._memory()))  # fmt: skip
+            eta_seconds=self._eta(step, now), then=self._then, memory_bytes=self._memory()))  # fmt: skip
 
     def scales(self, step: int, steps: int, loss: float) -> None:
         """A step of the scales of all blocks is done; the first one may compile, and says nothing of the others."""

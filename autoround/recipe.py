@@ -162,9 +162,14 @@ class Recipe:
         return self.iters == 0 and self.searches_clips if self.compensate is None else self.compensate
 
     @property
+    def tunes_blocks(self) -> bool:
+        """Whether blocks learn anything from calibration text, each by itself."""
+        return self.iters > 0 or self.searches_clips or self.compensates
+
+    @property
     def needs_data(self) -> bool:
         """Whether anything is learned from calibration text."""
-        return self.iters > 0 or self.searches_clips or self.compensates or self.scale_steps > 0
+        return self.tunes_blocks or self.scale_steps > 0
 
     def learning_rate(self, bits: int) -> float:
         """Of the offsets: ``lr``, or 1/iters at 2 bits and half of it at more; doubled for long runs at 2 and 3 bits.

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from autoround import func
-from autoround.activations import in_memory
+from autoround.activations import Stream, in_memory, memory_for
 from autoround.backends.base import Numerics, jit
 from autoround.backends.host import trim_heap
 from autoround.beside import beside
@@ -106,8 +107,8 @@ class ScaleTuner:
                 raise
             raise ModelError(
                 f"scale_steps: memory ran out ({str(error).strip() or type(error).__name__}); needed room for the "
-                "codes of all blocks and for what flows into each; use a smaller --seqlen, or --scale_steps 0: "
-                "finished blocks are kept"
+                "codes of all blocks and for what flows into each; use fewer --scale_steps, --low_gpu_mem_usage on an "
+                "accelerator, or --scale_steps 0: finished blocks are kept"
             ) from error
 
     def _run(self, calibration: Calibration) -> dict[int, dict[str, func.Codes]]:
@@ -126,7 +127,8 @@ class ScaleTuner:
             self.meter.scales(step, steps, loss)
             if self.device.type == "cpu":
                 trim_heap()
-        return {index: func.store_scales(self.journal.read_codes(index), part.factors)
+        # codes come from the disk, factors from the device
+        return {index: func.store_scales(self.journal.read_codes(index), tree_map(Tensor.cpu, part.factors))
                 for index, part in enumerate(parts)}  # fmt: skip
 
     def _step(
@@ -176,15 +178,16 @@ class ScaleTuner:
             self.model, calibration, self.numerics, batch_size=size, home=home, device=device
         )
         passes = Passes(batch_size=scale_rows(self.recipe), devices=[device], ranks=ALONE)
-        target_NTD = first_NTD
-        room, parts, items = partial(in_memory, "float_NTD"), list[_Part](), list[int]()
+        target_NTD, room = first_NTD, in_memory
+        parts, items = list[_Part](), list[int]()
         ahead: list[Callable[[], object]] = []
         for index, template in enumerate(templates):
             path = self.plan.blocks[index].path
             block_fn = func.make_block_fn(self.model.skeleton.get_submodule(path))
             counted = count_items(block_fn.skeleton, items)
             tensors = read_block(self.model, path, dtype=self._dtype, device=self.device)
-            target_NTD = passes.outputs(block_fn, tensors, template, target_NTD, room)
+            target_NTD = passes.outputs(block_fn, tensors, template, target_NTD, partial(room, "float_NTD"))
+            room = memory_for(self.recipe, Stream(target_NTD, target_NTD[:0]))
             counted.remove()
             parts.append(self._part(index, block_fn, template, tensors))
             if index == 0 and self.numerics.compiler:

@@ -1,6 +1,6 @@
 """What happens in which step: the rows of its batch and the optimizer's rates, functions of the recipe."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
@@ -13,8 +13,13 @@ from autoround.recipe import Recipe
 SCALE_RATE, WARM_STEPS = 0.04, 4
 
 
-def make_optimizer(recipe: Recipe, bits: int) -> func.Transform:
-    """The recipe's optimizer: SignSGD or AdamW, offsets and clips with learning rates of their own."""
+def make_optimizer(recipe: Recipe, specs: Mapping[str, func.WeightSpec]) -> func.Transform:
+    """The recipe's optimizer: SignSGD or AdamW, for each weight with the learning rates of its bits."""
+    return func.each_path({path: _optimizer(recipe, spec.bits) for path, spec in specs.items()})
+
+
+def _optimizer(recipe: Recipe, bits: int) -> func.Transform:
+    """Offsets and clips have learning rates of their own."""
     rate, steps = recipe.learning_rate(bits), max(recipe.iters, 1)
     family = func.adamw if recipe.adam else partial(func.signsgd, momentum=recipe.momentum)
     schedules = {"offset": func.linear_decay(rate, steps), "clip": func.linear_decay(recipe.minmax_lr or rate, steps)}

@@ -268,7 +268,7 @@ class BlockTuner:
         return (block_fn.signature, *fusion.specs.items(), *fusion.members.items())
 
     def _optimizer(self, fusion: func.Fusion) -> func.Transform:
-        return make_optimizer(self._recipe, max((spec.bits for spec in fusion.specs.values()), default=4))
+        return make_optimizer(self._recipe, fusion.specs)
 
     def _state(self, params: func.Params, fusion: func.Fusion) -> func.TuneState:
         return func.init_state(params, self._optimizer(fusion), keep_best=self._recipe.keep == "best")

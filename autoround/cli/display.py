@@ -202,7 +202,7 @@ def _pace(progress: Progress) -> list[str]:
     if progress.memory_bytes:
         parts.append(f"{progress.memory_bytes / 1e9:.2f} GB")
     if progress.eta_seconds is not None:
-        parts.append(f"{_clock(progress.eta_seconds)} left")
+        parts.append(f"{_clock(progress.eta_seconds)} left" + f", then {progress.then}" * bool(progress.then))
     return parts
 
 

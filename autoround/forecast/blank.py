@@ -75,6 +75,11 @@ class BlankRun:
     outside: frozenset[str]
 
     @property
+    def flows(self) -> bool:
+        """Whether rows flow from block to block while these are quantized."""
+        return bool(self.templates) and self.run.recipe.tunes_blocks
+
+    @property
     def dtypes(self) -> Dtypes:
         """Of the tensors of blocks."""
         return held_dtypes(self.model.skeleton, self.run.numerics.torch_dtype)

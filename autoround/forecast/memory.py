@@ -59,7 +59,7 @@ def memory_of(blank: BlankRun, process: int) -> Memory:
     """
     run = blank.run
     blocks = tuple(_block_needs(blank))
-    rows = _rows(blank).nbytes if blank.templates else 0
+    rows = _rows(blank).nbytes if blank.flows else 0
     on_device = run.device.type != "cpu"
     others, outside_codes = _others(blank)
     host = process + (DATA_BYTES if blank.templates else 0)
@@ -124,7 +124,7 @@ def _tuned(blank: BlankRun, index: int) -> tuple[int, int, int]:
     """
     run, block, home = blank.run, blank.run.plan.blocks[index], _home(blank)
     some = dataclasses.replace(run.recipe, nsamples=min(run.recipe.nsamples, 2 * _step_rows(run.recipe)))
-    row = math.prod(blank.hidden) * run.numerics.torch_dtype.itemsize if blank.templates else 0
+    row = math.prod(blank.hidden) * run.numerics.torch_dtype.itemsize if blank.flows else 0
     with without_data(), ByteCount(CPU_KEPT) as count:
         there, all_rows = (count.resident(each.nsamples * row, home.type) for each in (some, run.recipe))
         missing = -there if run.place.on_disk else all_rows - there
@@ -149,7 +149,7 @@ def _home(blank: BlankRun) -> torch.device:
 
 def _inputs(blank: BlankRun, index: int, rows: int) -> Inputs | None:
     """What flows into a block."""
-    if not blank.templates:
+    if not blank.flows:
         return None
     home, dtype = _home(blank), blank.run.numerics.torch_dtype
     counts = (rows if blank.run.recipe.iters else 0, rows)  # as the stream has them
@@ -192,7 +192,7 @@ def _means(blank: BlankRun) -> tuple[Recipe, Numerics, list[torch.device]]:
 def _others(blank: BlankRun) -> tuple[int, int]:
     """Bytes at the worst moment outside the blocks, and those of the codes that are made there."""
     run, source = blank.run, blank.model.source
-    dtype, rows = run.numerics.torch_dtype, _rows(blank).nbytes if blank.templates else 0
+    dtype, rows = run.numerics.torch_dtype, _rows(blank).nbytes if blank.flows else 0
     flows = 0 if run.place.on_disk else 2 * rows
     sizes = [math.prod(source.shape(name)) * source.dtype(name).itemsize for name in source.names()]
     read = 0

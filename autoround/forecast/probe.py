@@ -67,7 +67,7 @@ def seconds_of(blank: BlankRun, written: int) -> Seconds:
         if recipe.compensates:
             hessians, moving = _compensation_seconds(sample)
     observed = observed_rows(recipe, recipe.nsamples, stacked=False)
-    passes = (2 if recipe.iters else 1) * recipe.nsamples + observed
+    passes = ((2 if recipe.iters else 1) * recipe.nsamples + observed) if blank.flows else 0
     count = len(run.plan.blocks)
     blocks = count * (recipe.iters * step + passes * forward + observed * hessians + moving) + rounding
     compiling = COMPILING if compiled else 0.0
@@ -127,7 +127,7 @@ def _step_seconds(sample: _Sample) -> float:
     """Seconds of an uncompiled step. Its rows are other ones each time, as those of experts are."""
     run, recipe = sample.blank.run, sample.blank.run.recipe
     weights, fusion = sample.weights, func.fuse(sample.weights.tuned, sample.specs)
-    optimizer = make_optimizer(recipe, 4)
+    optimizer = make_optimizer(recipe, fusion.specs)
     state = func.init_state(fusion.merge(func.init_params(weights.tuned)), optimizer, keep_best=recipe.keep == "best")
     weights = func.BlockWeights(fusion.merge(weights.tuned), cast(weights.frozen, sample.blank.dtypes))
     step = func.make_step(lifted(sample.block_fn, fusion, run.numerics), fusion.specs, optimizer,

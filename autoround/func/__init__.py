@@ -17,6 +17,7 @@ from autoround.func.optim import apply_updates as apply_updates
 from autoround.func.optim import by_field as by_field
 from autoround.func.optim import chain as chain
 from autoround.func.optim import constant as constant
+from autoround.func.optim import each_path as each_path
 from autoround.func.optim import linear_decay as linear_decay
 from autoround.func.optim import partition as partition
 from autoround.func.optim import project as project

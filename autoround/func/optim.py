@@ -240,17 +240,30 @@ def by_path(transform: Transform) -> Transform:
     >>> optimizer.init({"up": torch.tensor([1.0])})
     {'up': tensor(0)}
     """
-    if not transform.alone:
-        return transform
+    return _by_path(lambda path: transform, alone=True) if transform.alone else transform
 
+
+def each_path(transforms: Mapping[str, Transform]) -> Transform:
+    """Give every weight a transform of its own.
+
+    >>> optimizer = each_path({"up": sgd(constant(0.5)), "down": sgd(constant(1.0))})
+    >>> params = {"up": torch.tensor([1.0]), "down": torch.tensor([1.0])}
+    >>> updates, _ = optimizer.update(params, optimizer.init(params), params)
+    >>> {path: own.item() for path, own in updates.items()}
+    {'up': -0.5, 'down': -1.0}
+    """
+    return _by_path(transforms.__getitem__, alone=all(own.alone for own in transforms.values()))
+
+
+def _by_path(of: Callable[[str], Transform], *, alone: bool) -> Transform:
     def init(params: Any) -> dict[str, Any]:
-        return {path: transform.init({path: own}) for path, own in params.items()}
+        return {path: of(path).init({path: own}) for path, own in params.items()}
 
     def update(grads: Any, states: dict[str, Any], params: Any) -> tuple[Any, dict[str, Any]]:
-        found = {path: transform.update({path: own}, states[path], {path: params[path]}) for path, own in grads.items()}
+        found = {path: of(path).update({path: own}, states[path], {path: params[path]}) for path, own in grads.items()}
         return {path: own[path] for path, (own, _) in found.items()}, {path: own for path, (_, own) in found.items()}
 
-    return Transform(init, update, alone=True)
+    return Transform(init, update, alone=alone)
 
 
 def apply_updates(params: Any, updates: Any) -> Any:

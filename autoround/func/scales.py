@@ -169,10 +169,23 @@ def make_pull(block_fn: BlockFunction, specs: Mapping[str, WeightSpec], *, dtype
             arguments: Any = tree_unflatten([*leaves[:hidden], x_BTD, *leaves[hidden + 1 :]], nesting)
             return (apply(block, own, arguments).float() * cotangent_BTD.float()).sum()
 
-        grads, pulled_BTD = torch.func.grad(objective, argnums=(0, 1))(factors, leaves[hidden])
-        return grads, pulled_BTD
+        if torch.compiler.is_compiling():
+            grads, pulled_BTD = torch.func.grad(objective, argnums=(0, 1))(factors, leaves[hidden])
+            return grads, pulled_BTD
+        return _gradients(objective, factors, leaves[hidden])
 
     return pull
+
+
+def _gradients(objective: Callable[[Factors, Tensor], Tensor], factors: Factors, x: Tensor) -> tuple[Factors, Tensor]:
+    """Of both arguments, by way of autograd, which takes blocks with an autograd.Function of their own too."""
+    leaves, nesting = tree_flatten((factors, x))
+    with torch.enable_grad():
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        value = objective(*tree_unflatten(leaves, nesting))
+        found = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+    grads, pulled = tree_unflatten(list(found), nesting)
+    return grads, pulled
 
 
 def keep_near(factors: Factors) -> Factors:

@@ -30,6 +30,13 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
+def test_rows_are_no_longer_than_the_model_can_take(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = recipe(tmp_path, dataset=rows(length=100), seqlen=100)
+    run = tune(make("gpt2"), tmp_path, dataset=made.dataset, seqlen=made.seqlen)
+    assert run.recipe.seqlen == 64
+    assert "seqlen: found 100; the model knows 64 positions; rows are as long as that" in caplog.text
+
+
 # Weights
 
 

@@ -56,6 +56,12 @@ def test_a_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     assert hashes(folder) == hashes(again)
 
 
+def test_scales_of_all_blocks(tmp_path: Path) -> None:
+    model = make()
+    plain, tuned = (tune(model, tmp_path / str(steps), device_map="cuda", scale_steps=steps) for steps in (0, 48))
+    assert divergence(replaced("llama", tuned), model) < 0.85 * divergence(replaced("llama", plain), model)
+
+
 @pytest.mark.parametrize("settings", [{"low_gpu_mem_usage": True}, {"gradient_accumulate_steps": 2, "batch_size": 2}])
 def test_other_ways_to_the_same_steps(settings: dict[str, int], tmp_path: Path) -> None:
     plain = tune(make(), tmp_path / "plain", dtype="float32", device_map="cuda", batch_size=4)

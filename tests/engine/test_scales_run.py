@@ -5,16 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM
 
 from autoround.engine import Run, quantize
 from autoround.errors import JournalError, UsageError
 from autoround.export import Target, export_journal
 from autoround.hub import load
-from autoround.journal import Journal
+from autoround.journal import SCALES, Journal
 from autoround.progress import Progress
 from autoround.recipe import Recipe
+from autoround.slots import Slots
 from tests.engine import mixtures
-from tests.engine.small import codes, divergence, hashes, make, recipe, replaced, tune
+from tests.engine.small import VOCABULARY, codes, divergence, equal_share, hashes, make, recipe, replaced, tune
 from tests.engine.test_gguf_run import WIDE
 from tests.formats import gguf_models
 from tests.formats.gguf_tokenizers import sentencepiece
@@ -66,6 +68,23 @@ def test_every_format_stores_them(tmp_path: Path) -> None:
         assert divergence(load(folder, dtype="float32"), expected) < 1e-4
 
 
+def test_without_steps_of_blocks_no_rows_flow_through_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = make(), recipe(tmp_path / "tuned", "rtn", scale_steps=48, torch_compile=True)
+    plain = tune(model, tmp_path / "plain", "rtn")
+    monkeypatch.setattr(Slots, "write", lambda *args: pytest.fail("rows were kept"))
+    run = finish(model, made)
+    assert run.numerics.compiler is not None
+    assert divergence(replaced("llama", run), model) < 0.85 * divergence(replaced("llama", plain), model)
+
+
+def test_blocks_with_functions_of_their_own(tmp_path: Path) -> None:
+    """Bloom's activation is an autograd.Function that torch.func does not take."""
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.2)
+    torch.manual_seed(0)
+    run = finish(BloomForCausalLM(config).eval(), scaled(tmp_path, 4, torch_compile=False))
+    assert Journal(run.journal_folder, {}).scale_steps() == 4
+
+
 def test_gguf_blocks(tmp_path: Path) -> None:
     model = gguf_models.make("llama", **WIDE)
     made = {"format": ("gguf:q4_k_m",), "bits": None, "group_size": None}
@@ -112,6 +131,34 @@ def test_a_run_that_ends_among_them_goes_on(tmp_path: Path) -> None:
     assert hashes(late) == hashes(folders[0])
 
 
+def test_earlier_scales_stay_until_there_are_others(tmp_path: Path) -> None:
+    source, steps = tmp_path / "source", list[int]()
+    make().save_pretrained(source)
+    first = [hashes(folder) for folder in finish(source, scaled(tmp_path, 5)).export()]
+
+    def stop(progress: Progress) -> None:
+        if progress.phase == "scales" and progress.step:
+            steps.append(progress.step)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(quantize(source, scaled(tmp_path, 7), on_progress=stop))
+    again = quantize(source, scaled(tmp_path, 5, overwrite=False), on_progress=stop)
+    assert [hashes(folder) for folder in again.export()] == first
+    assert steps == [1]
+
+
+def test_damaged_scales_can_be_tuned_again(tmp_path: Path) -> None:
+    model, made = make(), scaled(tmp_path, 5)
+    run = finish(model, made)
+    file, before = run.journal_folder / SCALES, codes(run)
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(JournalError, match=r"scales\.safetensors: .*delete it, and the scales are tuned again"):
+        list(quantize(model, made))
+    file.unlink()
+    assert equal_share(codes(finish(model, made)), before) == 1
+
+
 def test_a_model_that_is_kept_whole_has_none(tmp_path: Path) -> None:
     model, words = gguf_models.make("llama", **WIDE), sentencepiece()
     made: dict[str, Any] = {"format": ("gguf:f16",), "bits": None, "group_size": None}
@@ -129,6 +176,8 @@ def test_progress_of_the_scales(tmp_path: Path) -> None:
     assert [event.step for event in own] == [1, 2, 3, 4, 5, 6]
     assert own[-1].eta_seconds == 0
     assert all(event.steps == 6 and event.loss_first == own[0].loss for event in own)
+    before = [event for event in events if event.phase == "tuning" and event.eta_seconds is not None]
+    assert before and all(event.then == "scales" for event in before)
 
 
 def test_named_devices_are_refused(tmp_path: Path) -> None:

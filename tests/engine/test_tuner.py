@@ -53,7 +53,7 @@ def test_seeds_blocks_and_epochs_have_orders_of_their_own() -> None:
 
 def updates(made: Recipe, *grads: float, bits: int = 4) -> list[tuple[float, float]]:
     """What steps with these gradients would change offsets and clips by."""
-    optimizer, one = make_optimizer(made, bits), torch.ones(1)
+    optimizer, one = make_optimizer(made, {"q_proj": func.QuantSpec(bits=bits)}), torch.ones(1)
     params = {"q_proj": func.RoundingParams(one, one, one)}
     state, found = optimizer.init(params), []
     for grad in grads:
@@ -72,6 +72,11 @@ def test_the_recipe_decides_the_optimizer() -> None:
     assert updates(Recipe(iters=2, lr=0.5, minmax_lr=0.1), 1.0) == [(-0.5, -0.1)]
     assert updates(Recipe(iters=1000), 1.0, bits=2) == [(-0.002, -0.002)]
     assert updates(Recipe(iters=1000), 1.0, bits=3) == [(-0.001, -0.001)]
+    specs = {"up": func.QuantSpec(bits=2), "down": func.QuantSpec(bits=4)}
+    optimizer, one = make_optimizer(Recipe(iters=4), specs), torch.ones(1)
+    params = dict.fromkeys(specs, func.RoundingParams(one, one, one))
+    changes, _ = optimizer.update(params, optimizer.init(params), params)
+    assert [changes[path].offset_OGS.item() for path in specs] == [-0.25, -0.125]
     assert updates(Recipe(iters=4, momentum=0.9), 3.0, -2.0, bits=2) == [(-0.25, -0.25), (-0.1875, -0.1875)]
     assert updates(Recipe(iters=4, adam=True), 3.0, bits=2) == [(-0.25, -0.25)]
     assert updates(Recipe(iters=4, adam=True), 3.0, -2.0, bits=2)[1] != (0.1875, 0.1875)
