@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from autoround.export import no_codes
-from autoround.formats.gguf.file import GgufFile
+from autoround.formats.gguf.file import GgufFile, shapes_of
 from autoround.formats.gguf.plan import plan_file
 from autoround.model.blocks import embedding
 from autoround.model.load import OpenModel
@@ -25,8 +25,7 @@ def plan_run(recipe: Recipe, model: OpenModel, shape: Structure, format_rules: S
         AutoRoundError: a format cannot hold what is asked for, or a setting names no layer.
     """
     if file_type := next((rule.file_type for rule in format_rules if rule.file_type), ""):
-        shapes = {name: model.source.shape(name) for name in model.source.names()}
-        plan = plan_file(file_type, shape, embedding(model.skeleton), model.config, shapes)
+        plan = plan_file(file_type, shape, embedding(model.skeleton), model.config, shapes_of(model))
         for rule in format_rules:
             check_format(plan, rule)
         GgufFile(file_type=file_type, model=model, plan=plan, codes=no_codes).metadata()  # the tokenizer fits

@@ -24,7 +24,7 @@ from autoround.spec import WHOLE_ROW, QuantSpec, WeightSpec
 
 FITTING_GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)
 # Layers that inference servers run as one.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def resolve(
@@ -93,10 +93,17 @@ def resolve(
         *_fused(blocks),
         *_apart(fates, rules),
     ]
-    plan = Plan(architecture=structure.architecture, spec=spec, blocks=blocks, outside=outside, notes=tuple(notes))
+    plan = Plan(
+        architecture=structure.architecture, spec=_plain(spec), blocks=blocks, outside=outside, notes=tuple(notes)
+    )
     for rule in rules:
         check_format(plan, rule)
     return plan
+
+
+def _plain(spec: QuantSpec) -> QuantSpec:
+    """A spec that says nothing that makes no difference: so codes of one format serve another where they may."""
+    return replace(spec, zero_min=0) if spec.sym else spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +120,7 @@ class _Wish:
             return LayerPlan(shape=layer, spec=None, reason=f"asked for by {own.flag} {own.pattern}")
         if reason := misfit(layer, self.rules):
             return LayerPlan(shape=layer, spec=None, reason=reason)
-        spec = self.spec if own is None else own.over(self.spec)
+        spec = _plain(self.spec if own is None else own.over(self.spec))
         if self._fits(layer, spec):
             return LayerPlan(shape=layer, spec=spec)
         if self.odd_shapes == "fail":
@@ -222,7 +229,7 @@ def _fused(blocks: Sequence[BlockPlan]) -> list[str]:
     for block in blocks:
         specs = {layer.shape.path: layer.spec for layer in block.layers}
         for parent in dict.fromkeys(path.rpartition(".")[0] for path in specs):
-            for names in FUSED:
+            for names in FUSED.values():
                 found = [specs[f"{parent}.{name}"] for name in names if f"{parent}.{name}" in specs]
                 if len(set(found)) > 1:
                     places.setdefault(names, []).append(parent)

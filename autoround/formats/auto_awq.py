@@ -36,7 +36,7 @@ class AutoAwq:
 
     def config(self, plan: Plan) -> dict[str, Any]:
         """``zero_point`` is true for symmetric codes too: their zero points are in the file, and some loaders insist.
-        auto-round takes codes for symmetric ones where ``sym`` is not told.
+        auto-round takes codes for symmetric ones where ``sym`` is not told, and reads no zero points where it is true.
 
         Kept layers are named twice: as whole paths in ``modules_to_not_convert``, of which some loaders compare parts,
         and by exclusion (``dynamic``) for GPTQModel, which does not read the former.
@@ -46,7 +46,7 @@ class AutoAwq:
             "version": "gemm",
             "bits": awq_layout.BITS,
             "group_size": plan.spec.group_size,
-            "sym": plan.spec.sym,
+            "sym": all(spec.sym for spec in plan.specs.values() if isinstance(spec, QuantSpec)),
             "zero_point": True,
         }
         fates = named((layer.shape, layer.spec is None) for layer in plan.layers.values())

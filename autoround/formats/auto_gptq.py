@@ -56,8 +56,8 @@ class AutoGptq:
 
     def config(self, plan: Plan) -> dict[str, Any]:
         """Layers of blocks that differ are named in ``dynamic``, kept ones by exclusion. For loaders that do not follow
-        it, an allow-list (``modules_in_block_to_quantize``) says what is kept, where all blocks keep the same. Optimum
-        is told where the blocks are if it would not find them.
+        it, an allow-list (``modules_in_block_to_quantize``) says what is not: in whole paths, since some loaders find
+        parts of paths in towers for images too. Optimum is told where the blocks are if it would not find them.
 
         auto-round does not look at the version and reads every folder as version 1; one with a ``meta`` it refuses.
         """
@@ -78,11 +78,10 @@ class AutoGptq:
         lists = {block.path.rpartition(".")[0] for block in plan.blocks}
         if len(lists) == 1 and lists.isdisjoint(_BLOCK_LISTS):
             config["block_name_to_quantize"] = lists.pop()
-        allowed = {tuple(block.specs) for block in plan.blocks}
         layers = [layer for block in plan.blocks for layer in block.layers]
         stacked = any(layer.shape.experts for layer in layers)  # whose names here are not those of the file
-        if len(allowed) == 1 and not stacked and any(layer.spec is None for layer in layers):
-            config["modules_in_block_to_quantize"] = [list(*allowed)]
+        if not stacked and any(layer.spec is None for layer in layers):
+            config["modules_in_block_to_quantize"] = [[layer.shape.path for layer in layers if layer.spec]]
         return config
 
 

@@ -328,6 +328,6 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         largest = tensor[torch.isfinite(tensor)].abs().max().item()
         raise FormatError(
             f"{name}: found values up to {largest:g}; needed at most {torch.finfo(dtype).max:g} for {dtype}; "
-            "use the format auto_round, or another --model_dtype"
+            "use another --model_dtype, or, where the format takes float16 alone, auto_round:gptqmodel"
         )
     return result

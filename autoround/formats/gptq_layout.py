@@ -9,6 +9,7 @@ Legend: O output features, I input features, G groups in a row.
 | scales  | scale dtype | (G, O)             |
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from autoround.formats.bits import pack_stream, unpack_stream
 from autoround.formats.layer_names import Name, absent, named
 from autoround.func.types import IntCodes
 from autoround.plan import Plan
+from autoround.resolve import FUSED
 from autoround.spec import QuantSpec
 
 
@@ -86,7 +88,10 @@ def settings(spec: QuantSpec) -> dict[str, Any]:
 
 def overrides(plan: Plan) -> dict[str, dict[str, Any]]:
     """The ``dynamic`` setting for layers that are kept or differ from the plan's spec: inside the blocks, and of
-    modules that the model does not have."""
+    modules that the model does not have.
+
+    vLLM asks for layers that it runs as one by a name of its own.
+    """
     usual, dynamic = settings(plan.spec), exclusions(absent(plan))
     fates = ((layer.shape, layer.spec and settings(layer.spec)) for block in plan.blocks for layer in block.layers)
     for name, own in named(fates):
@@ -94,6 +99,12 @@ def overrides(plan: Plan) -> dict[str, dict[str, Any]]:
             dynamic |= exclusions([name])
         elif own != usual:
             dynamic[f"+:^{name.pattern}$"] = own
+    for path, layer in plan.layers.items():
+        parent, _, last = path.rpartition(".")
+        for joined, members in FUSED.items():
+            own = [dynamic.get(f"+:^{re.escape(f'{parent}.{member}')}$") for member in members]
+            if layer.spec and last == members[0] and own[0] and all(each == own[0] for each in own):
+                dynamic[f"+:^{re.escape(f'{parent}.{joined}')}$"] = own[0]
     return dynamic
 
 

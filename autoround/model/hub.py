@@ -31,7 +31,8 @@ def download(
         weights: bring the weights too, not only what is beside them.
 
     Raises:
-        ModelError: not a model's name, no such model or revision, no access, or neither a connection nor a cached copy.
+        ModelError: not a model's name, no such model or revision, no access, no safetensors, or neither a connection
+            nor a cached copy.
     """
     try:
         folder = snapshot_download(
@@ -58,4 +59,9 @@ def download(
             f"{name}: found no such folder, no copy in the hub cache and no connection to the hub; "
             "needed one of them; check the spelling or the network, or give a local folder"
         ) from error
+    if weights and not any(Path(folder).glob("*.safetensors")):
+        raise ModelError(
+            f"{name}: found no safetensors; needed model.safetensors or model.safetensors.index.json; convert the "
+            "model with save_pretrained, or name a .gguf file"
+        )
     return Path(folder)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from autoround import func
@@ -65,6 +66,20 @@ def test_a_tied_embedding_is_searched_with_the_inputs_of_the_head(tmp_path: Path
         codes[name] = journal.read_block(len(done.plan.blocks))["model.embed_tokens"]
         assert str(done.plan.specs["model.embed_tokens"]) == "Q6_K"
     assert not torch.equal(codes["searched"].d_OK, codes["plain"].d_OK)
+
+
+def test_a_tied_weight_that_is_stored_under_the_head_alone(tmp_path: Path) -> None:
+    model = make("llama_tied", **WIDE)
+    model.save_pretrained(tmp_path / "source")
+    tensors = load_file(tmp_path / "source" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "source" / "model.safetensors", {"format": "pt"})
+    folders = [quantize(source, gguf_recipe(tmp_path / name, iters=0), tokenizer=sentencepiece()).export()[0]
+               for name, source in (("renamed", tmp_path / "source"), ("usual", model))]  # fmt: skip
+    renamed, usual = (next(folder.glob("*.gguf")) for folder in folders)
+    found, wanted = (load(file).state_dict() for file in (renamed, usual))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_files_from_a_journal_later(tmp_path: Path) -> None:

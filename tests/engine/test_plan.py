@@ -111,8 +111,10 @@ def test_the_smallest_zero_point_is_planned_from_the_formats() -> None:
 
     assert zero_min("auto_round") == zero_min("fake") == zero_min("auto_round", "fake") == zero_min() == 0
     assert zero_min("auto_gptq") == zero_min("auto_round", "auto_gptq", "fake") == 1
-    plan = resolve(QuantSpec(), "fit", structure(576, 128), [RULES["auto_gptq"]])
+    plan = resolve(QuantSpec(sym=False), "fit", structure(576, 128), [RULES["auto_gptq"]])
     assert {spec.zero_min for spec in plan.specs.values()} == {1}
+    plan = resolve(QuantSpec(), "fit", structure(576, 128), [RULES["auto_gptq"]])  # symmetric ones are in the middle
+    assert {plan.spec.zero_min, *(spec.zero_min for spec in plan.specs.values())} == {0}
 
 
 def test_bits_and_scale_dtypes_outside_a_format_are_refused() -> None:

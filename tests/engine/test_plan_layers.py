@@ -53,7 +53,8 @@ def test_settings_lie_over_those_of_the_model() -> None:
     assert specs["model.layers.0.mlp.down_proj"] == replace(base, bits=8)
     assert specs["model.layers.1.mlp.down_proj"] == replace(base, bits=8, sym=False, group_size=32)
     assert specs["model.layers.1.mlp.up_proj"] == replace(base, sym=False, group_size=32)
-    assert {spec.zero_min for spec in planned({"down": "W8A16"}, "auto_gptq").specs.values()} == {1}
+    mixed = planned({"down": {"bits": 8, "sym": False}}, "auto_gptq").specs.values()
+    assert {(spec.sym, spec.zero_min) for spec in mixed} == {(True, 0), (False, 1)}
 
 
 def test_what_is_kept_because_it_was_asked_for_says_so_and_is_no_news() -> None:

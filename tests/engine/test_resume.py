@@ -177,7 +177,7 @@ CHANGES: dict[str, tuple[Callable[[], PreTrainedModel] | None, dict[str, Any], s
     "iters": (None, {"iters": 7}, r"recipe\.iters: was 6, now 7"),
     "seed": (None, {"seed": 43}, r"recipe\.seed: was 42, now 43"),
     "bits": (None, {"bits": 3}, r"recipe\.bits: was 2, now 3; .*; plan\..*bits: was 2, now 3.* and \d+ more"),
-    "format": (None, {"format": ("auto_gptq",)}, r"plan\.model\.layers\.0\.\S+\.zero_min: was 0, now 1"),
+    "sym": (None, {"sym": False}, r"recipe\.sym: was None, now False"),
     "weights": (other_weights, {}, r"source_sha256: was '\w{64}', now '\w{64}'"),
     "blocks": (lambda: make("llama"), {}, "source_sha256"),
     "data": (None, {"dataset": rows(seed=2)}, r"calibration_sha256: was '\w{64}', now '\w{64}'"),
@@ -194,6 +194,20 @@ def test_another_run_is_refused_by_what_differs(change: str, model: PreTrainedMo
     with pytest.raises(JournalError, match=rf"out\.journal: found the journal of another run.*{difference}.*--restart"):
         next(iter(run))
     assert hashes(tmp_path) == before
+
+
+def test_a_format_that_holds_the_same_codes_may_be_added(model: PreTrainedModel, tmp_path: Path) -> None:
+    stopped(model, recipe(tmp_path, bits=4), after=1)
+    run = quantize(model, recipe(tmp_path, bits=4, format=("auto_round", "auto_gptq")))
+    assert [done.resumed for done in run] == [True, *[False] * (len(run.plan.parts) - 1)]
+    assert [folder.name for folder in run.export()] == ["auto_round", "auto_gptq"]
+
+
+def test_zero_points_that_a_format_lacks_make_another_run(model: PreTrainedModel, tmp_path: Path) -> None:
+    stopped(model, recipe(tmp_path, bits=4, sym=False), after=1)
+    run = quantize(model, recipe(tmp_path, bits=4, sym=False, format=("auto_gptq",)))
+    with pytest.raises(JournalError, match=r"plan\.model\.layers\.0\.\S+\.zero_min: was 0, now 1"):
+        next(iter(run))
 
 
 def test_the_message_is_short_however_much_differs(model: PreTrainedModel, tmp_path: Path) -> None:

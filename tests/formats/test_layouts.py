@@ -305,7 +305,7 @@ def test_layers_kept_in_every_block() -> None:
     kept = ("model.layers.0.a", "model.layers.1.a")
     config = get_format("auto_gptq").config(_plan("auto_gptq", kept=kept))
     assert config is not None
-    assert config["modules_in_block_to_quantize"] == [["mlp.b"]]
+    assert config["modules_in_block_to_quantize"] == [["model.layers.0.mlp.b", "model.layers.1.mlp.b"]]
     [first, second] = config["dynamic"]
     assert first.startswith("-:")
     assert re.match(first[2:], "model.layers.0.a")
@@ -318,7 +318,8 @@ def test_layers_kept_in_one_block() -> None:
     config = get_format("auto_gptq").config(_plan("auto_gptq", kept=("model.layers.0.a",)))
     assert config is not None
     assert list(config["dynamic"].values()) == [{}]
-    assert "modules_in_block_to_quantize" not in config
+    others = ["model.layers.0.mlp.b", "model.layers.1.a", "model.layers.1.mlp.b"]
+    assert config["modules_in_block_to_quantize"] == [others]
 
 
 def test_fake_has_no_config() -> None:

@@ -50,12 +50,15 @@ def test_gptq_names_all_settings_of_what_differs() -> None:
     config = get_format("auto_gptq").config(plan)
     assert config is not None
     dynamic = config["dynamic"]
-    assert len(dynamic) == 11
+    assert len(dynamic) == 14
+    assert dynamic[r"+:^model\.layers\.0\.self_attn\.qkv_proj$"] == {"bits": 8, "group_size": 32, "sym": True}
+    assert dynamic[r"+:^model\.layers\.0\.mlp\.gate_up_proj$"] == {"bits": 4, "group_size": 32, "sym": False}
+    assert dynamic[r"+:^model\.layers\.1\.self_attn\.qkv_proj$"] == {"bits": 8, "group_size": -1, "sym": True}
     assert dynamic[r"+:^model\.layers\.0\.self_attn\.q_proj$"] == {"bits": 8, "group_size": 32, "sym": True}
     assert dynamic[r"+:^model\.layers\.0\.mlp\.up_proj$"] == {"bits": 4, "group_size": 32, "sym": False}
     assert dynamic[r"+:^model\.layers\.1\.self_attn\.o_proj$"] == {"bits": 8, "group_size": -1, "sym": True}
     assert dynamic[r"-:^model\.layers\.1\.mlp\.down_proj$"] == {}
-    assert "modules_in_block_to_quantize" not in config  # the blocks keep different layers
+    assert config["modules_in_block_to_quantize"] == [list(plan.specs)]
 
 
 def test_llm_compressor_has_a_group_of_named_layers_for_each_spec() -> None:
@@ -108,6 +111,8 @@ def test_awq_holds_symmetric_and_asymmetric_layers(tmp_path: Path) -> None:
     tiny = quantized(tiny_llama(), "auto_awq", layers={"mlp": {"sym": False}})
     specs = open_quantized(tiny.write("auto_awq", tmp_path / "source")).plan.specs
     assert {path: spec.sym for path, spec in specs.items()} == {path: "mlp" not in path for path in specs}
+    config = json.loads((tmp_path / "source" / "config.json").read_text())["quantization_config"]
+    assert config["sym"] is False  # else auto-round reads no zero points
 
 
 def test_a_row_as_long_as_a_group_is_not_taken_for_whole_rows(tmp_path: Path) -> None:

@@ -87,3 +87,12 @@ def test_hub_and_its_cache(folder: Path, tmp_path: Path) -> None:
     cached, missing = _look(environment, ("org/tiny", {}), ("org/other", {}))
     assert cached == opened
     assert "org/other: found no such folder, no copy in the hub cache and no connection to the hub" in missing
+
+
+def test_a_model_without_safetensors_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    with FakeHub(models={"org/pickled": folder}) as hub:
+        (said,) = _look(hub.environment(tmp_path / "home"), ("org/pickled", {}))
+    assert said.startswith("org/pickled: found no safetensors; needed model.safetensors or ")
+    assert "convert the model with save_pretrained" in said

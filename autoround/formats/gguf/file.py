@@ -38,6 +38,13 @@ from autoround.spec import GgufSpec
 _ADVICE = "export it again"
 
 
+def shapes_of(model: Model) -> dict[str, tuple[int, ...]]:
+    """Name of every tensor -> its shape; the embedding among them where a checkpoint names what is tied by the head."""
+    embedding = model.skeleton.get_input_embeddings()
+    path = next(path for path, module in model.skeleton.named_modules() if module is embedding)
+    return {name: model.source.shape(name) for name in dict.fromkeys([*model.source.names(), f"{path}.weight"])}
+
+
 class _Layer(NamedTuple):
     """A quantized layer: its name in the file, shape, spec, and its codes with rows in the order of the file."""
 
@@ -83,9 +90,7 @@ class GgufFile:
         Raises:
             UsageError: names the layer.
         """
-        source = self.model.source
-        shapes = {name: source.shape(name) for name in source.names()}
-        check_types(self.plan, self.file_type, self.model.config, shapes)
+        check_types(self.plan, self.file_type, self.model.config, shapes_of(self.model))
 
     def tensors(self) -> list[GgufTensor]:
         """Everything that is written, in the order of the file: kept tensors first, then codes part by part."""
@@ -136,12 +141,12 @@ class GgufFile:
 
     def _kept(self) -> Iterator[GgufTensor]:
         """Tensors that are not quantized."""
-        source, config = self.model.source, self.model.config
-        types = stored_types(self.file_type, config, {name: source.shape(name) for name in source.names()})
-        for name in source.names():
+        config, shapes = self.model.config, shapes_of(self.model)
+        types = stored_types(self.file_type, config, shapes)
+        for name, shape in shapes.items():
             if name.removesuffix(".weight") in self.plan.specs:
                 continue
-            heads = stored_float(config, name, torch.empty(source.shape(name), device="meta"))
+            heads = stored_float(config, name, torch.empty(shape, device="meta"))
             for index, (stored, head) in enumerate(zip(tensor_names(config, name), heads, strict=True)):
                 kind = types[stored] if types[stored] in FLOATS else "f16"
                 read = partial(_read_float, self.model, name, index, FLOATS[kind])
