@@ -197,7 +197,7 @@ def _run(command: Command, screen: "Display", quantize: Quantize | None, foretel
     recipe, evaluation, quiet = command.recipe, command.evaluation, command.quiet
     for note in command.notes:
         screen.note(note)
-    if evaluation.wanted and not command.quantizes and evaluate.is_quantized(recipe):
+    if evaluation.wanted and not command.quantizes and (evaluation.eval or evaluate.is_quantized(recipe)):
         return evaluate.evaluate_model(recipe, evaluation, screen, quiet=quiet)
     if command.dry_run:
         return foretold(recipe, probe=not command.no_probe, json=command.log_json, foretell=foretell)

@@ -38,7 +38,7 @@ class Evaluation:
 
     # fmt: off
     eval: bool = option(
-        False, "evaluate what was written, or the model itself if it is quantized already", "evaluation")
+        False, "evaluate what was written; the model as it is where no option asks to quantize it", "evaluation")
     tasks: Any = option(
         (), "comma list: kl, perplexity, python_docs_cloze, python_docs_choice, python_docs_perplexity and lm-eval's; "
         "kl,perplexity when unset", "evaluation", "task")

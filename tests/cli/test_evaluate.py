@@ -47,6 +47,15 @@ def test_a_quantized_model_is_measured_and_not_quantized(
     ]
 
 
+def test_a_float_model_is_measured_as_it_is(
+    float_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*f"{float_folder} --eval --tasks perplexity --quiet {SMALL}".split()]) == 0
+    assert capsys.readouterr().out.split()[:2] == ["task", "metric"]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_measures_every_folder_that_it_wrote(
     float_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
