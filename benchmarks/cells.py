@@ -1,4 +1,4 @@
-"""The cells of the benchmark: what is run once, alone, and kept as one JSON file.
+"""The cells of the benchmark: what is run once, alone, and kept as one JSON file. They are those that the page shows.
 
 Three kinds. A ``Run`` is a whole quantization, a process from start to checkpoint, which is judged later. A ``Slope``
 is two runs that differ in their steps, so that what remains is the time of steps, without start, compilation and
@@ -19,8 +19,20 @@ from benchmarks.cost import Cost, measure
 from benchmarks.peers import OURS, THEIRS, TOOLS, Job
 
 GROUP_SIZE, SEEDS, DATA = 64, (0, 1, 2), (128, 256)
-# Models with bits, and recipes that would take hours.
-RUNS = (("small-llama", (4, 2, 3), ()), ("smollm2-dithered", (4, 2), ("best", "default+alg_ext", "light+alg_ext")))
+# Models, bits, seeds and tools' recipes: with every seed what goals compare, the others once.
+RUNS: tuple[tuple[str, int, tuple[int, ...], dict[str, str]], ...] = (
+    ("small-llama", 4, SEEDS, {
+        OURS: "default light rtn opt_rtn 25-steps", THEIRS: "default light rtn opt_rtn", "gptqmodel": "gptq",
+        "llm-compressor": "gptq autoround"}),
+    ("smollm2-dithered", 4, SEEDS, {OURS: "opt_rtn 25-steps", THEIRS: "opt_rtn light default"}),
+    ("smollm2-dithered", 4, SEEDS[:1], {
+        OURS: "default light rtn 20-steps opt_rtn+64-scale-steps", THEIRS: "rtn", "gptqmodel": "gptq",
+        "llm-compressor": "gptq autoround"}),
+    ("smollm2-dithered", 2, SEEDS, {OURS: "opt_rtn opt_rtn+32-scale-steps", THEIRS: "opt_rtn light default"}),
+    ("smollm2-dithered", 2, SEEDS[:1], {
+        OURS: "default light rtn 25-steps opt_rtn+48-scale-steps opt_rtn+64-scale-steps light+64-scale-steps",
+        THEIRS: "rtn", "gptqmodel": "gptq", "llm-compressor": "gptq"}),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,29 +162,26 @@ Cell = Run | Slope | Step
 def runs() -> list[Run]:
     """Whole runs; tools take turns within a seed, so that a slow hour of the machine hits all."""
     return [
-        Run(model=model, bits=bits, data=DATA, tool=name, recipe=recipe, seed=seed)
+        Run(model=model, bits=bits, data=DATA, tool=tool, recipe=recipe, seed=seed)
         for seed in SEEDS
-        for model, widths, left_out in RUNS
-        for bits in widths
-        for name, tool in TOOLS.items()
-        if bits in tool.bits
-        for recipe in tool.recipes
-        if recipe not in left_out
+        for model, bits, seeds, tools in RUNS
+        if seed in seeds
+        for tool, recipes in tools.items()
+        for recipe in recipes.split()
     ]
 
 
 def slopes() -> list[Slope]:
-    """Steps a second of both tools, and how ours scale."""
-    found: list[Slope] = []
-    for seed in SEEDS:
-        own = partial(Slope, bits=4, seed=seed, data=(32, 256), model="smollm2-blocks-1", tool=OURS)
-        pace = partial(own, topic="pace", steps=(20, 420))
-        found += [pace(tool=tool, bits=bits) for bits in (4, 2) for tool in (OURS, THEIRS)]
-        found += [own(topic="depth", model=f"smollm2-blocks-{blocks}") for blocks in (1, 2, 4)]
-        found += [own(topic="width", model=f"llama-width-{width}") for width in (384, 576, 768)]
-        found += [own(topic="tokens", data=(32, seqlen)) for seqlen in (128, 256, 512)]
-        found += [own(topic="cores", threads=threads) for threads in (1, 2)]
-    return found
+    """Steps a second of both tools with every seed, and how ours scale."""
+    own = partial(Slope, bits=4, seed=0, data=(32, 256), model="smollm2-blocks-1", tool=OURS)
+    pace = partial(own, topic="pace", steps=(20, 420))
+    return [
+        *(pace(tool=tool, bits=bits, seed=seed) for seed in SEEDS for bits in (4, 2) for tool in (OURS, THEIRS)),
+        *(own(topic="depth", model=f"smollm2-blocks-{blocks}") for blocks in (1, 2, 4)),
+        *(own(topic="width", model=f"llama-width-{width}") for width in (384, 576, 768)),
+        *(own(topic="tokens", data=(32, seqlen)) for seqlen in (128, 256, 512)),
+        *(own(topic="cores", threads=threads) for threads in (1, 2)),
+    ]
 
 
 def all_cells() -> list[Cell]:

@@ -21,7 +21,8 @@ Written by `make bench` from `benchmarks/results/bench.json`; definitions of all
 Whole processes on an otherwise idle machine, compile caches cold, the same calibration rows for every tool. Figures are
 medians over seeds with the smallest and the largest in brackets; peak memory is that of the process. KL divergence from
 the float model, in nats per token, is judged in float32 on four domains (`benchmarks/domains.py`): means over seeds,
-and differences with 95% intervals, bootstrapped over documents and paired. Each row tells the commits it was run at.
+and differences with 95% intervals, bootstrapped over documents and paired. Two recipes are compared over the seeds that
+both were run with. Each row tells the commits it was run at.
 """
 Group = Mapping[str, Any]
 
@@ -31,16 +32,22 @@ class Row(NamedTuple):
 
     Attributes:
         title: tool and recipe.
-        cells: results, one per seed.
+        cells: seed -> result.
     """
 
     title: str
-    cells: list[Group]
+    cells: dict[str, Group]
 
     @property
     def done(self) -> list[Group]:
         """Those that did not fail."""
-        return [cell for cell in self.cells if "error" not in cell]
+        return [cell for cell in self.cells.values() if "error" not in cell]
+
+    def judged_with(self, other: "Row") -> list[Group]:
+        """Those that are judged, of the seeds that the other row is judged with."""
+        return [
+            cell for seed, cell in self.cells.items() if "quality" in cell and "quality" in other.cells.get(seed, ())
+        ]
 
 
 def spread(values: Sequence[float], digits: int = 0) -> str:
@@ -86,8 +93,8 @@ def groups(results: Group, prefix: str) -> dict[str, list[Row]]:
     found: dict[str, dict[str, Row]] = {}
     for name, cell in sorted(results.items()):
         if name.startswith(f"{prefix}/"):
-            *common, row, _ = name.removeprefix(f"{prefix}/").split("/")
-            found.setdefault("/".join(common), {}).setdefault(row, Row(row, [])).cells.append(cell)
+            *common, row, seed = name.removeprefix(f"{prefix}/").split("/")
+            found.setdefault("/".join(common), {}).setdefault(row, Row(row, {})).cells[seed] = cell
     return {key: list(rows.values()) for key, rows in found.items()}
 
 
@@ -110,32 +117,41 @@ def judged_tokens(rows: list[Row]) -> int:
 
 def run_table(rows: list[Row]) -> list[str]:
     """Cost and quality of whole runs, with differences to ours of the same recipe, or else our default."""
-    own = {row.title: scores for row in rows if (scores := mean_scores(row.done))}
+    own = {row.title: row for row in rows if mean_scores(row.done)}
     lines = []
     for row in sorted(rows, key=lambda row: (row.title.split(".", 1)[1], row.title)):
         title = label(row.title)
         if not row.done:
-            failed = "failed: " + row.cells[0]["error"].replace("|", "/")[-160:]
-            lines.append([title, failed, *[""] * 5, commits(row.cells)])
+            failed = "failed: " + next(iter(row.cells.values()))["error"].replace("|", "/")[-160:]
+            lines.append([title, "", failed, *[""] * 5, commits(list(row.cells.values()))])
             continue
         costs = [cell["cost"] for cell in row.done]
-        words = [title, spread([cost["seconds"] for cost in costs]),
+        words = [title, str(len(costs)), spread([cost["seconds"] for cost in costs]),
                  f"{max(cost['gigabytes'] for cost in costs):.2f}"]  # fmt: skip
         if row.title in own:
-            base = partner(row.title, own)
-            found = quality.estimate({base: own[base], row.title: own[row.title]})[row.title]
-            kl = found[quality.ALL]["kl"]
-            places = digits(kl.value)
-            unlike = [f"{found[domain]['kl'].value:.{places}f}" for domain in ("docs", "code", "prose", "model")
-                      if domain in found]  # fmt: skip
-            signed = (f"{each:+.{places}f}" for each in (kl.difference, kl.low, kl.high))
-            beside = "" if base == row.title else "{}, {} to {}".format(*signed)
-            words += [f"{kl.value:.{places}f} ± {kl.error:.{places}f}", " / ".join(unlike), beside,
-                      f"{found[quality.ALL]['top1'].value:.1%}"]  # fmt: skip
-        lines.append([*words, *[""] * (7 - len(words)), commits(row.done)])
-    head = ["tool, recipe", "seconds", "GB", "KL", "docs / code / prose / model", "KL beside ours", "same top token",
-            "commit"]  # fmt: skip
+            words += quality_cells(row, own[partner(row.title, own)])
+        lines.append([*words, *[""] * (8 - len(words)), commits(row.done)])
+    head = ["tool, recipe", "runs", "seconds", "GB", "KL", "docs / code / prose / model", "KL beside ours",
+            "same top token", "commit"]  # fmt: skip
     return table(head, lines)
+
+
+def quality_cells(row: Row, base: Row) -> list[str]:
+    """Divergence over all domains and in each, how far it lies above the base's, and agreement."""
+    found = quality.estimate({"own": mean_scores(row.done)})["own"]
+    kl = found[quality.ALL]["kl"]
+    places = digits(kl.value)
+    unlike = [f"{found[domain]['kl'].value:.{places}f}" for domain in ("docs", "code", "prose", "model")
+              if domain in found]  # fmt: skip
+    beside = ""
+    if base.title != row.title and (both := row.judged_with(base)):
+        pair = {"base": mean_scores(base.judged_with(row)), "own": mean_scores(both)}
+        paired = quality.estimate(pair)["own"][quality.ALL]["kl"]
+        beside = "{:+.{places}f}, {:+.{places}f} to {:+.{places}f}".format(
+            paired.difference, paired.low, paired.high, places=places
+        )
+    return [f"{kl.value:.{places}f} ± {kl.error:.{places}f}", " / ".join(unlike), beside,
+            f"{found[quality.ALL]['top1'].value:.1%}"]  # fmt: skip
 
 
 class Point(NamedTuple):
@@ -160,28 +176,37 @@ class Point(NamedTuple):
         return [label(self.title), f"{self.kl:.{digits(self.kl)}f}", f"{self.seconds:.0f}"]
 
 
+def point(title: str, judged: Sequence[Group]) -> Point:
+    """Of a recipe's runs that are judged."""
+    kl = quality.estimate({"own": mean_scores(judged)})["own"][quality.ALL]["kl"].value
+    return Point(title, statistics.median(cell["cost"]["seconds"] for cell in judged), kl)
+
+
 def points(rows: Sequence[Row]) -> list[Point]:
     """All recipes that are judged."""
-    found = []
-    for row in rows:
-        if scores := mean_scores(row.done):
-            kl = quality.estimate({"own": scores})["own"][quality.ALL]["kl"].value
-            found.append(Point(row.title, statistics.median(cell["cost"]["seconds"] for cell in row.done), kl))
-    return found
+    return [point(row.title, own) for row in rows if (own := row.judged_with(row))]
 
 
 def reach_table(rows: Sequence[Row]) -> list[str]:
-    """For each recipe of another tool, our fastest one that is at least as good; empty without recipes of both."""
-    ours, others = [], []
-    for point in points(rows):
-        (ours if point.tool == OURS else others).append(point)
+    """For each recipe of another tool, our fastest one that is at least as good; empty without recipes of both.
+
+    Both over the seeds that both are judged with.
+    """
+    judged = [row for row in rows if row.judged_with(row)]
+    own = [row for row in judged if Point(row.title, 0, 0).tool == OURS]
+    others = [row for row in judged if row not in own]
     lines = []
-    for other in sorted(others, key=lambda point: point.kl):
-        fits = min((own for own in ours if own.kl <= other.kl), key=lambda own: own.seconds, default=None)
-        own = ["none", "", "", ""] if fits is None else [*fits.cells(), f"{fits.seconds / other.seconds:.2f}"]
-        lines.append([*other.cells(), *own])
-    head = ["tool, recipe", "KL", "seconds", "ours of no larger KL", "KL", "seconds", "part of the time"]
-    return table(head, lines) if ours and lines else []
+    for row in sorted(others, key=lambda row: point(row.title, row.judged_with(row)).kl):
+        pairs = [(point(row.title, both), point(each.title, each.judged_with(row)), len(both))
+                 for each in own if (both := row.judged_with(each))]  # fmt: skip
+        reached = [pair for pair in pairs if pair[1].kl <= pair[0].kl]
+        if reached:
+            other, fits, seeds = min(reached, key=lambda pair: pair[1].seconds)
+            lines.append([*other.cells(), *fits.cells(), f"{fits.seconds / other.seconds:.2f}", str(seeds)])
+        else:
+            lines.append([*point(row.title, row.judged_with(row)).cells(), "none", "", "", "", ""])
+    head = ["tool, recipe", "KL", "seconds", "ours of no larger KL", "KL", "seconds", "part of the time", "seeds"]
+    return table(head, lines) if own and lines else []
 
 
 def partner(title: str, judged: Mapping[str, object]) -> str:

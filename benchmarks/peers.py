@@ -70,13 +70,11 @@ class Tool:
     Attributes:
         version: as the page names it.
         recipes: what it can do; name -> words of the command for a job.
-        bits: widths it can write.
         variables: of its environment.
     """
 
     version: str
     recipes: dict[str, Callable[[Job], list[str]]]
-    bits: tuple[int, ...] = (2, 3, 4)
     variables: tuple[tuple[str, str], ...] = ()
 
     def checkpoint(self, job: Job) -> Path:
@@ -124,7 +122,6 @@ def _twins(make: Callable[..., Callable[[Job], list[str]]]) -> dict[str, Callabl
         "light": make("auto-round-light"),
         "rtn": make("auto-round-rtn", data=False),
         "opt_rtn": make("auto-round-opt-rtn"),
-        "best": make("auto-round-best"),
     }
 
 
@@ -133,27 +130,16 @@ TOOLS: dict[str, Tool] = {
     OURS: Tool(
         version="autoround",
         recipes=_twins(_ours)
-        # other steps than any recipe of auto-round takes, and as many as its default on a quarter of the tokens
-        | {f"{steps}-steps": _ours("auto-round", "--iters", str(steps)) for steps in (20, 25, 100)}
-        | {"small-steps": _ours("auto-round", "--iters", "200", "--batch_size", "2")}
+        # other steps than any recipe of auto-round takes
+        | {f"{steps}-steps": _ours("auto-round", "--iters", str(steps)) for steps in (20, 25)}
         # scales of all blocks together, after the last one
         | {
             f"opt_rtn+{steps}-scale-steps": _ours("auto-round-opt-rtn", "--scale_steps", str(steps))
             for steps in (32, 48, 64)
         }
-        | {
-            f"{name}+64-scale-steps": _ours(command, "--scale_steps", "64")
-            for name, command in (("default", "auto-round"), ("light", "auto-round-light"))
-        },
+        | {"light+64-scale-steps": _ours("auto-round-light", "--scale_steps", "64")},
     ),
-    THEIRS: Tool(
-        version="auto-round 0.16.1",
-        recipes=_twins(_theirs)
-        | {
-            "default+alg_ext": _theirs("auto-round", "--enable_alg_ext"),
-            "light+alg_ext": _theirs("auto-round-light", "--enable_alg_ext"),
-        },
-    ),
+    THEIRS: Tool(version="auto-round 0.16.1", recipes=_twins(_theirs)),
     "gptqmodel": Tool(
         version="GPTQModel 7.7.0",
         recipes={"gptq": _driver("gptqmodel", "run_gptqmodel.py")},
@@ -166,7 +152,6 @@ TOOLS: dict[str, Tool] = {
             "gptq": _driver("llm-compressor", "run_llm_compressor.py", "gptq"),
             "autoround": _driver("llm-compressor", "run_llm_compressor.py", "autoround"),
         },
-        bits=(2, 4),
     ),
 }
 

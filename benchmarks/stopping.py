@@ -1,11 +1,11 @@
 """Whether blocks could stop early or lend steps to each other: held-out loss along schedules of several lengths.
 
 Blocks of SmolLM2 (dithered), spread over its depth, are each tuned on what the float model gives them, with 25, 50, 100
-and 200 steps whose rate falls linearly to zero, as every recipe has them. Rows that are never trained on are judged ten
+and 200 steps at the recipe's rate, which falls linearly to zero. Rows that are never trained on are judged ten
 times on the way. Early stopping would pay where the held-out loss stands still before the end; moving steps between
 blocks would pay where some gain more than others by twice the steps.
 
-``python -m benchmarks.stopping [--bits N …] [--blocks N …] [--rows N] [--held N] [--folder FOLDER]``
+``python -m benchmarks.stopping [--bits N …] [--steps N …] [--blocks N …] [--rows N] [--held N] [--folder FOLDER]``
 
 Legend: N rows, B rows of a batch, T tokens, D hidden size.
 """
@@ -28,14 +28,14 @@ from autoround.model.calls import CallTemplate
 from autoround.model.capture import capture
 from autoround.model.load import OpenModel, open_model
 from autoround.model.read import read_block
+from autoround.precision import cast
 from autoround.recipe import Recipe
 from autoround.schedule import batch_rows, make_optimizer
-from autoround.tuner import cast
 from benchmarks import machine
 from benchmarks.cells import DATA, Place
 from benchmarks.sweep import GROUP_SIZE, read_texts
 
-STEPS, LOOKS, BATCH = (25, 50, 100, 200), 10, 8
+MODEL, LOOKS, BATCH = "smollm2-dithered", 10, 8
 HOST = torch.device("cpu")
 
 
@@ -63,7 +63,7 @@ def float_blocks(model: OpenModel, tokens_NT: Tensor, wanted: list[int], dtype: 
     for index, path in enumerate(find_blocks(model.skeleton)[: max(wanted) + 1]):
         block_fn = func.make_block_fn(model.skeleton.get_submodule(path))
         tensors, template = read_block(model, path, device=HOST), templates[index]
-        own = cast(tensors, dtype)
+        own = cast(tensors, lambda name: dtype)
         with torch.no_grad():
             parts = [block_fn(own, template.bind(x_NTD[rows_B], rows_B))
                      for rows_B in torch.arange(len(x_NTD)).split(BATCH)]  # fmt: skip
@@ -78,8 +78,7 @@ class Trial:
     """Tuning for so many steps at so many bits; one compiled step for all blocks."""
 
     def __init__(self, bits: int, steps: int) -> None:
-        self._recipe = Recipe(bits=bits, group_size=GROUP_SIZE, iters=steps, lr=1 / steps)
-        self._optimizer = make_optimizer(self._recipe, bits)
+        self._recipe = Recipe(bits=bits, group_size=GROUP_SIZE, iters=steps)
         self._step: Any = None
 
     def held_losses(self, block: Block, held: int) -> Tensor:
@@ -87,16 +86,17 @@ class Trial:
         dtype, rows = block.x_NTD.dtype, torch.arange(len(block.x_NTD))
         specs = dict.fromkeys(func.linear_paths(block.block_fn.skeleton), self._recipe.spec)
         weights = func.split_tensors(block.tensors, specs)
-        weights = weights._replace(frozen=cast(weights.frozen, dtype))
+        weights = weights._replace(frozen=cast(weights.frozen, lambda name: dtype))
         fusion = func.fuse(weights.tuned, specs)
         lifted = fusion.lift(block.block_fn)
         seen = [(one.call, one.valid_BT) for one in map(block.batch, rows[held : 2 * held].split(BATCH))]
-        moments = func.second_moments(block.block_fn, cast(block.tensors, dtype), seen, list(specs))
+        moments = func.second_moments(block.block_fn, cast(block.tensors, lambda name: dtype), seen, list(specs))
         start = func.search_params(weights, moments, specs)
-        state = func.init_state(fusion.merge(start), self._optimizer, keep_best=False)
+        optimizer = make_optimizer(self._recipe, fusion.specs)
+        state = func.init_state(fusion.merge(start), optimizer, keep_best=False)
         merged = weights._replace(tuned=fusion.merge(weights.tuned))
         if self._step is None:
-            make = func.make_step(lifted, fusion.specs, self._optimizer, dtype=dtype)
+            make = func.make_step(lifted, fusion.specs, optimizer, dtype=dtype)
             self._step = jit(make, compiler="inductor")
 
         def judge() -> Tensor:
@@ -115,24 +115,25 @@ class Trial:
         return torch.stack(found)
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Parse options, tune and print: every loss as a part of the start's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 2])
+    parser.add_argument("--steps", nargs="+", type=int, default=[25, 50, 100, 200], help="lengths of schedules")
     parser.add_argument("--blocks", nargs="+", type=int, default=[0, 7, 15, 22, 29])
     parser.add_argument("--rows", type=int, default=DATA[0], help="of calibration, held-out ones among them")
     parser.add_argument("--held", type=int, default=32, help="rows that are never trained on")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "autoround-bench")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     print(machine.describe(), flush=True)
-    source, texts = read_texts(Place(folder=options.folder), 0, tokens=4000)
+    source, texts = read_texts(Place(folder=options.folder), MODEL, 0, tokens=4000)
     dtype = CPU.compute_dtype()
     model = open_model(source, attn_implementation=CPU.attention(DATA[1]))
     tokens_NT = torch.tensor(texts.calibration[: options.rows])
     blocks = float_blocks(model, tokens_NT, options.blocks, dtype)
     print("held-out loss at tenths of the schedule, 1 is before the first step")
     for bits in options.bits:
-        for steps in STEPS:
+        for steps in options.steps:
             trial = Trial(bits, steps)
             for index, block in blocks.items():
                 found = trial.held_losses(block, options.held)

@@ -26,10 +26,8 @@ from autoround import func
 from autoround.engine import quantize
 from autoround.journal import Journal
 from autoround.recipe import Recipe
-from benchmarks import cells, domains, machine, quality
+from benchmarks import domains, machine, models, quality
 from benchmarks.cells import DATA, GROUP_SIZE, Place
-
-MODELS = [name for name, _, _ in cells.RUNS]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +210,7 @@ def line(found: dict[str, Any]) -> str:
 def main() -> None:
     """Parse options, start the processes, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="smollm2-dithered")
+    parser.add_argument("--model", choices=models.MODELS, default="smollm2-dithered")
     parser.add_argument("--groups", nargs="+", choices=list(groups(4)), default=list(groups(4)), metavar="NAME")
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of calibration rows and batches")

@@ -31,7 +31,7 @@ def test_names_are_unique_and_patterns_select() -> None:
     assert len(set(names)) == len(names)
     assert {name.split("/")[0] for name in names} == {"step", "pace", "depth", "width", "tokens", "cores", "run"}
     own = bench.select(["run/*/autoround.rtn/seed0"], found)
-    assert {cell.name.split("/")[2] for cell in own} == {"w2g64", "w3g64", "w4g64"}
+    assert {cell.name.split("/")[2] for cell in own} == {"w2g64", "w4g64"}
     with pytest.raises(SystemExit, match="found no such cell"):
         bench.select(["run/nothing"], found)
 
@@ -107,14 +107,24 @@ def judged(kl: float, seconds: float = 1.0) -> dict[str, object]:
 def test_our_fastest_recipe_of_no_larger_divergence_stands_beside_each_of_theirs() -> None:
     made = {"autoround.fast": (3.0, 10.0), "autoround.slow": (1.0, 40.0), "auto-round.light": (2.0, 50.0),
             "auto-round.default": (0.5, 90.0), "gptqmodel.gptq": (3.0, 20.0)}  # fmt: skip
-    rows = [page.Row(title, [judged(*each)]) for title, each in made.items()]
+    rows = [page.Row(title, {"seed0": judged(*each)}) for title, each in made.items()]
     lines = [line.strip("| ").split(" | ") for line in page.reach_table(rows)[2:]]
     assert [[line[0].split(", ")[1], *line[3:]] for line in lines] == [
         ["default", "none"],
-        ["light", "autoround, slow", "0.1000", "40", "0.80"],
-        ["gptq", "autoround, fast", "0.3000", "10", "0.50"],
+        ["light", "autoround, slow", "0.1000", "40", "0.80", "1"],
+        ["gptq", "autoround, fast", "0.3000", "10", "0.50", "1"],
     ]
     assert page.reach_table(rows[:2]) == []
+
+
+def test_two_recipes_are_compared_over_the_seeds_that_both_have() -> None:
+    ours = page.Row("autoround.fast", {"seed0": judged(2.0, 10.0)})
+    theirs = page.Row("auto-round.light", {"seed0": judged(2.5, 50.0), "seed1": judged(1.0, 90.0)})
+    assert page.reach_table([ours, theirs])[2] == (
+        "| auto-round 0.16.1, light | 0.2500 | 50 | autoround, fast | 0.2000 | 10 | 0.20 | 1 |"
+    )
+    assert page.quality_cells(theirs, ours)[:3] == ["0.1750 ± 0.0000", "0.1750", "+0.0500, +0.0500 to +0.0500"]
+    assert page.quality_cells(theirs, page.Row("autoround.fast", {}))[2] == ""
 
 
 def test_means_over_seeds_and_spreads() -> None:
