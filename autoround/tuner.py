@@ -29,7 +29,7 @@ from autoround.ranks import ALONE, Ranks, owners_by_size, summed
 from autoround.recipe import Recipe
 from autoround.schedule import batch_rows, make_optimizer
 
-# Rows that the clip search weighs input channels by; more do not change its choice, but for experts all rows count.
+# Rows that the clip search weighs input channels by; for experts, which take few tokens each, all rows count.
 MOMENT_ROWS = 32
 # Weights of a single layer that are quantized at a time.
 LAYER_ELEMENTS = 2**23

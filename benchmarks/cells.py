@@ -93,6 +93,7 @@ class Slope:
 
     Attributes:
         topic: what the figure is for; cells of a topic stand in one table.
+        recipe: the tool's name for it.
         steps: of both runs; so many more that seconds of compiling more or less do not count.
         threads: None leaves the tools their own choice.
     """
@@ -103,6 +104,7 @@ class Slope:
     data: tuple[int, int]
     tool: str
     seed: int
+    recipe: str = "default"
     steps: tuple[int, int] = (20, 220)
     threads: int | None = None
 
@@ -123,7 +125,7 @@ class Slope:
             job = place.job(self.model, part, bits=self.bits, data=self.data, seed=self.seed, iters=steps)
             job = replace(job, compiled=True)
             variables = dict(tool.variables) | ({"OMP_NUM_THREADS": str(self.threads)} if self.threads else {})
-            costs.append(measure(tool.recipes["default"](job), part / "log.txt", variables))
+            costs.append(measure(tool.recipes[self.recipe](job), part / "log.txt", variables))
         few, more = self.steps
         return {
             "settings": peers.as_record(job) | {"steps": self.steps},
@@ -177,6 +179,7 @@ def slopes() -> list[Slope]:
     pace = partial(own, topic="pace", steps=(20, 420))
     return [
         *(pace(tool=tool, bits=bits, seed=seed) for seed in SEEDS for bits in (4, 2) for tool in (OURS, THEIRS)),
+        *(own(topic="float32", tool=tool, recipe="float32") for tool in (OURS, THEIRS)),
         *(own(topic="depth", model=f"smollm2-blocks-{blocks}") for blocks in (1, 2, 4)),
         *(own(topic="width", model=f"llama-width-{width}") for width in (384, 576, 768)),
         *(own(topic="tokens", data=(32, seqlen)) for seqlen in (128, 256, 512)),

@@ -24,6 +24,15 @@ the float model, in nats per token, is judged in float32 on four domains (`bench
 and differences with 95% intervals, bootstrapped over documents and paired. Two recipes are compared over the seeds that
 both were run with. Each row tells the commits it was run at.
 """
+# Topics of cells that tell the time of a step, and titles of their tables.
+SLOPES = {
+    "pace": "Steps of one block, compiled, in whole runs",
+    "float32": "The same where both tools are told that the processor has no bfloat16",
+    "depth": "Blocks",
+    "width": "Columns",
+    "tokens": "Tokens in a row",
+    "cores": "Threads",
+}
 Group = Mapping[str, Any]
 
 
@@ -284,9 +293,7 @@ def write(results: Group, file: Path) -> None:
     lines = [HEAD, *machines(list(results.values()))]
     if steps := step_table(results):
         lines += ["\n## One step and its bound\n", *steps]
-    titles = {"pace": "Steps of one block, compiled, in whole runs", "depth": "Blocks", "width": "Columns",
-              "tokens": "Tokens in a row", "cores": "Threads"}  # fmt: skip
-    for topic, title in titles.items():
+    for topic, title in SLOPES.items():
         if found := groups(results, topic):
             lines += [f"\n## {title}\n", *slope_table(found)]
     for key, rows in groups(results, "run").items():

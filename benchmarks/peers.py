@@ -8,7 +8,7 @@ the batch, recipes keep their own settings, compilation included.
 import json
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -95,19 +95,26 @@ def _settings(job: Job, *, data: bool) -> list[str]:
     return words + ([] if job.iters is None else ["--iters", str(job.iters)])
 
 
-def _command(program: Path, options: str, extra: tuple[str, ...], *, data: bool) -> Callable[[Job], list[str]]:
+def _command(
+    program: Sequence[Path | str], options: str, extra: tuple[str, ...], *, data: bool
+) -> Callable[[Job], list[str]]:
     """Both take the same words, but for options of the data set."""
     return lambda job: [
-        str(program), *_settings(job, data=data), *(["--dataset", f"{job.texts}{options}"] * data), *extra
+        *map(str, program), *_settings(job, data=data), *(["--dataset", f"{job.texts}{options}"] * data), *extra
     ]  # fmt: skip
 
 
 def _ours(command: str, *extra: str, data: bool = True) -> Callable[[Job], list[str]]:
-    return _command(Path(sys.executable).with_name(command), ":concat=False", extra, data=data)
+    return _command([Path(sys.executable).with_name(command)], ":concat=False", extra, data=data)
 
 
 def _theirs(command: str, *extra: str, data: bool = True) -> Callable[[Job], list[str]]:
-    return _command(client_python("auto-round").with_name(command), "", extra, data=data)
+    return _command([client_python("auto-round").with_name(command)], "", extra, data=data)
+
+
+def _in_float32(python: Path, tool: str, options: str) -> dict[str, Callable[[Job], list[str]]]:
+    """The default recipe where the processor is said to have no bfloat16."""
+    return {"float32": _command([python, DRIVERS / "run_in_float32.py", tool], options, (), data=True)}
 
 
 def _driver(environment: str, script: str, *words: str) -> Callable[[Job], list[str]]:
@@ -130,6 +137,7 @@ TOOLS: dict[str, Tool] = {
     OURS: Tool(
         version="autoround",
         recipes=_twins(_ours)
+        | _in_float32(Path(sys.executable), OURS, ":concat=False")
         # other steps than any recipe of auto-round takes
         | {f"{steps}-steps": _ours("auto-round", "--iters", str(steps)) for steps in (20, 25)}
         # scales of all blocks together, after the last one
@@ -139,7 +147,9 @@ TOOLS: dict[str, Tool] = {
         }
         | {"light+64-scale-steps": _ours("auto-round-light", "--scale_steps", "64")},
     ),
-    THEIRS: Tool(version="auto-round 0.16.1", recipes=_twins(_theirs)),
+    THEIRS: Tool(
+        version="auto-round 0.16.1", recipes=_twins(_theirs) | _in_float32(client_python("auto-round"), THEIRS, "")
+    ),
     "gptqmodel": Tool(
         version="GPTQModel 7.7.0",
         recipes={"gptq": _driver("gptqmodel", "run_gptqmodel.py")},

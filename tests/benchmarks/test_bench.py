@@ -29,7 +29,7 @@ def test_names_are_unique_and_patterns_select() -> None:
     found = cells.all_cells()
     names = [cell.name for cell in found]
     assert len(set(names)) == len(names)
-    assert {name.split("/")[0] for name in names} == {"step", "pace", "depth", "width", "tokens", "cores", "run"}
+    assert {name.split("/")[0] for name in names} == {"step", "run", *page.SLOPES}
     own = bench.select(["run/*/autoround.rtn/seed0"], found)
     assert {cell.name.split("/")[2] for cell in own} == {"w2g64", "w4g64"}
     with pytest.raises(SystemExit, match="found no such cell"):

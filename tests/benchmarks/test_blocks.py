@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from autoround.backends.base import jit
-from benchmarks import loop, stopping
+from benchmarks import loop, rtn, stopping
 from benchmarks.cells import Place
 from benchmarks.sweep import Texts
 
@@ -42,3 +42,12 @@ def test_the_loop_is_timed_beside_its_step(tmp_path: Path, capsys: pytest.Captur
     out = capsys.readouterr().out
     assert "round 2: " in out
     assert "the loop adds " in out
+
+
+@pytest.mark.slow
+def test_rounding_to_nearest_is_timed_beside_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rtn.main(["--hidden", "256", "--blocks", "1", "--rounds", "1", "--folder", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "the journal, written:" in out
+    assert "files alone " in out
+    assert list(tmp_path.iterdir()) == []
