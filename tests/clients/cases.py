@@ -168,6 +168,7 @@ TRANSFORMERS = {
     **_grid("transformers-gptq", partial(_transformers, "auto_gptq"), *SYM, *ASYM),
     **_grid("transformers-gptq-v2", partial(_transformers, "gptq_v2"), *SYM, *ASYM),
     "transformers-gptq-kept-layers": _transformers("auto_gptq", _with_narrow_layers),
+    "transformers-gptq-layers-kept-in-one-block": _transformers("auto_gptq", layers={"layers.0.mlp": {"bits": 16}}),
     "transformers-gptq-v2-points-of-0": _transformers("gptq_v2", llama_with_zero_points_of_0, sym=False),
     "transformers-awq-sym": _transformers("auto_awq"),
     "transformers-awq-asym-points-of-0": _transformers("auto_awq", llama_with_zero_points_of_0, sym=False),

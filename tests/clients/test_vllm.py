@@ -80,6 +80,7 @@ CASES: dict[str, Case] = {
     "vllm-gptq-whole-rows": _gptq("auto_gptq", group_size=-1),
     "vllm-gptq-kept-layers": _gptq("auto_gptq", layers=_KEPT),
     "vllm-gptq-kept-experts": _gptq("auto_gptq", _mixture, layers=_EXPERTS),
+    "vllm-gptq-mixed-groups": _gptq("auto_gptq", group_size=64, layers={"layers.0": {"group_size": 32}}),
     "vllm-gptq-v2": _gptq("gptq_v2"),
     "vllm-awq-sym": _awq(lambda: _llama(bias=True)),
     "vllm-awq-sym-kept-layers": _awq(lambda: _llama(bias=True), layers=_KEPT),
