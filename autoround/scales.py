@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from autoround import func
 from autoround.activations import Stream, in_memory, memory_for
 from autoround.backends.base import Numerics, jit
-from autoround.backends.host import trim_heap
+from autoround.backends.host import KEPT_BYTES, trim_heap
 from autoround.beside import beside
 from autoround.data.tokens import Calibration
 from autoround.errors import ModelError
@@ -126,7 +126,7 @@ class ScaleTuner:
                 )
             self.meter.scales(step, steps, loss)
             if self.device.type == "cpu":
-                trim_heap()
+                trim_heap(KEPT_BYTES)
         # codes come from the disk, factors from the device
         return {index: func.store_scales(self.journal.read_codes(index), tree_map(Tensor.cpu, part.factors))
                 for index, part in enumerate(parts)}  # fmt: skip

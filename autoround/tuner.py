@@ -14,7 +14,7 @@ from torch import Tensor
 from autoround import func
 from autoround.activations import Inputs, Stream
 from autoround.backends.base import Numerics, jit
-from autoround.backends.host import release_heap, trim_heap
+from autoround.backends.host import KEPT_BYTES, release_heap, trim_heap
 from autoround.beside import beside
 from autoround.coverage import STARVED_TOKENS
 from autoround.errors import AutoRoundError
@@ -260,7 +260,7 @@ class BlockTuner:
 
     def _stepped(self, step: int, loss: Tensor) -> None:
         if step % TRIMMED_STEPS == 0 and self._devices[0].type == "cpu":
-            trim_heap()
+            trim_heap(KEPT_BYTES)
         self._on_step(step, loss)
 
     def _key(self, block_fn: func.BlockFn, fusion: func.Fusion) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Peak memory of a tuned run, and of ways to have less of it.
+"""Peak memory of a tuned run and the time of its steps, by what the allocator keeps.
 
 ``python -m benchmarks.heap [WAY …] [--iters N] [--bits N]`` tunes the first two blocks of SmolLM2 (dithered), 128 rows
 of 256 tokens, compiled, each way in a process of its own with a cold compile cache. Printed are the most resident and
@@ -6,13 +6,11 @@ anonymous memory of the process, and seconds of the second block.
 """
 
 import argparse
-import gc
 import os
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +19,6 @@ from benchmarks.cells import DATA, Place
 from benchmarks.cost import measure
 
 MODEL, GROUP_SIZE = "smollm2-blocks-2", 64
-SECONDS = 2.0
 
 
 class Way(NamedTuple):
@@ -30,55 +27,46 @@ class Way(NamedTuple):
     Attributes:
         title: for the table.
         variables: of the environment.
-        mapped: bytes from which on a tensor is mapped by itself; None is the command's own choice.
-        often: what is done every other second.
-        first: what is done when the first block is done.
+        settings: names of ``autoround.backends.host`` and ``autoround.tuner`` -> values in place of theirs.
     """
 
     title: str
     variables: Mapping[str, str] = {}
-    mapped: int | None = None
-    often: Callable[[], None] = lambda: None
-    first: Callable[[], None] = lambda: None
+    settings: Mapping[str, int] = {}
 
 
-def trim() -> None:
-    """Of what is free between two live pieces."""
-    from autoround.backends.host import trim_heap
-
-    trim_heap()
-
-
-def clear() -> None:
-    """Caches that compiling filled."""
-    import sympy.core.cache
-    from torch._inductor.utils import clear_caches
-
-    clear_caches()
-    sympy.core.cache.clear_cache()
-    gc.collect()
-    trim()
-
-
+NEVER = 10**9
 WAYS = {
-    "now": Way("as the command does"),
+    "now": Way("as the command does: trimmed every 10 steps, 128 MiB kept free at the end"),
+    "kept-64": Way("64 MiB kept", settings={"KEPT_BYTES": 2**26}),
+    "kept-512": Way("512 MiB kept", settings={"KEPT_BYTES": 2**29}),
+    "rarely": Way("trimmed every 50 steps", settings={"TRIMMED_STEPS": 50}),
+    "never": Way("never trimmed, 512 MiB kept", settings={"TRIMMED_STEPS": NEVER, "KEPT_BYTES": 2**29}),
+    "mapped-4": Way("tensors mapped from 4 MiB on, not 8", settings={"MAPPED_BYTES": 2**22}),
+    "mapped-32": Way("tensors mapped from 32 MiB on", settings={"MAPPED_BYTES": 2**25}),
+    "huge": Way("pages of 2 MiB", variables={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}),
     "arena": Way("one arena for all threads", variables={"MALLOC_ARENA_MAX": "1"}),
-    "mapped": Way("tensors mapped from 4 MiB on, not 8", mapped=2**22),
-    "trimmed": Way("heap trimmed every 2 s", often=trim),
-    "cleared": Way("the compiler's caches cleared after the first block", first=clear),
-    "arena-trimmed": Way("one arena, trimmed every 2 s", variables={"MALLOC_ARENA_MAX": "1"}, often=trim),
 }
+
+
+def set_up(way: Way) -> None:
+    """Before anything takes memory."""
+    from autoround import scales, tuner
+    from autoround.backends import host
+
+    for name, value in way.settings.items():
+        for module in (host, tuner, scales):
+            if hasattr(module, name):
+                setattr(module, name, value)
+    host.settle_heap()
 
 
 def tune(way: Way, options: argparse.Namespace) -> float:
     """Tune in this process; seconds of the second block."""
-    from autoround.backends import host
     from autoround.cli.session import CACHES
 
     os.environ.update(CACHES)
-    if way.mapped is not None:
-        host.MAPPED_BYTES = way.mapped
-    host.settle_heap()
+    set_up(way)
     from autoround.engine import quantize
     from autoround.recipe import Recipe
 
@@ -89,19 +77,9 @@ def tune(way: Way, options: argparse.Namespace) -> float:
         model=str(job.source), bits=options.bits, group_size=GROUP_SIZE, dataset=f"{job.texts}:concat=False",
         nsamples=rows, seqlen=seqlen, iters=options.iters, batch_size=8, device_map="cpu", torch_compile=True,
         output_dir=str(options.output))  # fmt: skip
-    ended = threading.Event()
-
-    def keep() -> None:
-        while not ended.wait(SECONDS):
-            way.often()
-
-    threading.Thread(target=keep, daemon=True).start()
     times: list[float] = []
     for _ in quantize(str(job.source), recipe):
-        if not times:
-            way.first()
         times.append(time.perf_counter())
-    ended.set()
     return times[1] - times[0]
 
 

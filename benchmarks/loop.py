@@ -20,6 +20,7 @@ from autoround import func
 from autoround.activations import Inputs, Stream
 from autoround.backends.base import Numerics, jit
 from autoround.backends.cpu import CPU
+from autoround.backends.host import settle_heap
 from autoround.model.load import open_model
 from autoround.precision import cast
 from autoround.recipe import Recipe
@@ -115,4 +116,5 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    settle_heap()  # as commands do
     main()

@@ -9,6 +9,7 @@ Rounds of both alternate.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -85,9 +86,11 @@ def main(words: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         print(make_model(folder / "model", hidden=options.hidden, blocks=options.blocks), flush=True)
-        job, runs, files = make_job(folder), list[float](), list[dict[str, float]]()
+        job = dataclasses.replace(make_job(folder), iters=None)
+        runs, files = list[float](), list[dict[str, float]]()
         for _ in range(options.rounds):
-            runs.append(measure(TOOLS[OURS].recipes["rtn"](job), folder / "log.txt", {}).seconds)
+            words = [*TOOLS[OURS].recipes["rtn"](job), "--no_clip_search"]
+            runs.append(measure(words, folder / "log.txt", {}).seconds)
             journal, output = size_of(folder / "out.journal"), size_of(folder / "out")
             for made in ("out", "out.journal"):
                 shutil.rmtree(folder / made)

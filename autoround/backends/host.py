@@ -12,8 +12,9 @@ _CGROUP = Path("/sys/fs/cgroup")
 # Tensors from this size on are mapped by themselves. Smaller ones lie among others, as those of a step do that come and
 # go all the time: mapped anew each time, they would make steps slower.
 MAPPED_BYTES = 2**23
-# What may be free at the end of the heap.
-KEPT_BYTES = 2**26
+# What may be free at the end of the heap: about as much as a small model's step takes and frees, which would have to be
+# handed out by the system page by page in every step.
+KEPT_BYTES = 2**27
 # Names of glibc's settings.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
@@ -39,10 +40,14 @@ def settle_heap() -> None:
         set_option(_TRIM_THRESHOLD, KEPT_BYTES)
 
 
-def trim_heap() -> None:
-    """Give back what was freed between two live pieces, which glibc keeps until it is told; takes some milliseconds."""
+def trim_heap(kept: int = 0) -> None:
+    """Give back what was freed between two live pieces, which glibc keeps until it is told; takes some milliseconds.
+
+    Args:
+        kept: bytes that may stay free at the end.
+    """
     if (trim := _glibc("malloc_trim")) is not None:
-        trim(0)
+        trim(ctypes.c_size_t(kept))
 
 
 def release_heap() -> None:

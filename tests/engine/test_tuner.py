@@ -13,6 +13,7 @@ from torch import Tensor
 
 from autoround import func
 from autoround.backends.base import Numerics
+from autoround.backends.host import KEPT_BYTES
 from autoround.data.tokens import load_calibration
 from autoround.engine import quantize
 from autoround.errors import ModelError
@@ -169,10 +170,10 @@ def test_the_first_step_is_compiled_beside_the_other_passes(tmp_path: Path, monk
 
 
 def test_the_heap_is_trimmed_during_steps_and_after_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trimmed: list[None] = []
-    monkeypatch.setattr("autoround.tuner.trim_heap", lambda: trimmed.append(None))
+    kept: list[int] = []
+    monkeypatch.setattr("autoround.tuner.trim_heap", lambda own=0: kept.append(own))
     assert len(list(quantize(make(), recipe(tmp_path, iters=25)))) == 2
-    assert len(trimmed) == 2 * 3
+    assert kept == [KEPT_BYTES, KEPT_BYTES, 0] * 2
 
 
 def test_blocks_that_hand_state_to_later_ones_are_compiled_at_their_first_step(
