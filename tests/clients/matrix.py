@@ -81,6 +81,7 @@ BESIDE = {
     "conv1d-quantized-head": "Conv1D, a tied and quantized head",
     "quantized-head": "a quantized head",
     "kept-layers": "kept layers",
+    "kept-in-one-block": "layers that one block keeps",
     "kept-experts": "kept experts",
     "kept-part": "a kept part of layers that are joined",
     "tied-conv1d": "Conv1D and a tied head",
