@@ -77,9 +77,18 @@ def memory_for(recipe: Recipe, stream: Stream) -> Empty:
 
     def place(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         rows = getattr(stream, name)
-        alike = (rows.shape, rows.dtype, rows.device) == (torch.Size(shape), dtype, device)
         both = name == "float_NTD" and rows is stream.quantized_NTD  # as into the first block
-        return rows if alike and not both else in_memory(name, shape, dtype, device)
+        return (in_memory if both else instead_of(rows))(name, shape, dtype, device)
+
+    return place
+
+
+def instead_of(rows: Tensor) -> Empty:
+    """What makes room in the place of rows that flow in, where those that flow out are alike."""
+
+    def place(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        alike = (rows.shape, rows.dtype, rows.device) == (torch.Size(shape), dtype, device)
+        return rows if alike else in_memory(name, shape, dtype, device)
 
     return place
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from autoround import func
-from autoround.activations import Stream, in_memory, memory_for
+from autoround.activations import Empty, in_memory, instead_of
 from autoround.backends.base import Numerics, jit
 from autoround.backends.host import KEPT_BYTES, trim_heap
 from autoround.beside import beside
@@ -178,8 +178,8 @@ class ScaleTuner:
             self.model, calibration, self.numerics, batch_size=size, home=home, device=device
         )
         passes = Passes(batch_size=scale_rows(self.recipe), devices=[device], ranks=ALONE)
-        target_NTD, room = first_NTD, in_memory
-        parts, items = list[_Part](), list[int]()
+        target_NTD, parts, items = first_NTD, list[_Part](), list[int]()
+        room: Empty = in_memory
         ahead: list[Callable[[], object]] = []
         for index, template in enumerate(templates):
             path = self.plan.blocks[index].path
@@ -187,7 +187,7 @@ class ScaleTuner:
             counted = count_items(block_fn.skeleton, items)
             tensors = read_block(self.model, path, dtype=self._dtype, device=self.device)
             target_NTD = passes.outputs(block_fn, tensors, template, target_NTD, partial(room, "float_NTD"))
-            room = memory_for(self.recipe, Stream(target_NTD, target_NTD[:0]))
+            room = instead_of(target_NTD)
             counted.remove()
             parts.append(self._part(index, block_fn, template, tensors))
             if index == 0 and self.numerics.compiler:

@@ -202,7 +202,7 @@ def reach_table(rows: Sequence[Row]) -> list[str]:
     Both over the seeds that both are judged with.
     """
     judged = [row for row in rows if row.judged_with(row)]
-    own = [row for row in judged if Point(row.title, 0, 0).tool == OURS]
+    own = [row for row in judged if row.title.startswith(f"{OURS}.")]
     others = [row for row in judged if row not in own]
     lines = []
     for row in sorted(others, key=lambda row: point(row.title, row.judged_with(row)).kl):
