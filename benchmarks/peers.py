@@ -139,11 +139,11 @@ TOOLS: dict[str, Tool] = {
         recipes=_twins(_ours)
         | _in_float32(Path(sys.executable), OURS, ":concat=False")
         # other steps than any recipe of auto-round takes
-        | {f"{steps}-steps": _ours("auto-round", "--iters", str(steps)) for steps in (20, 25)}
+        | {f"{steps}-steps": _ours("auto-round", "--iters", str(steps)) for steps in (20, 25, 30)}
         # scales of all blocks together, after the last one
         | {
             f"opt_rtn+{steps}-scale-steps": _ours("auto-round-opt-rtn", "--scale_steps", str(steps))
-            for steps in (32, 48, 64)
+            for steps in (32, 40, 48, 64)
         }
         | {"light+64-scale-steps": _ours("auto-round-light", "--scale_steps", "64")},
     ),
