@@ -14,7 +14,7 @@ from autoround import func
 from autoround.activations import Inputs
 from autoround.backends.base import Numerics
 from autoround.data.tokens import Calibration
-from autoround.func import init
+from autoround.func import observe
 from autoround.func.experts import in_even_groups
 from autoround.func.types import BlockFunction
 from autoround.model.calls import CallTemplate
@@ -26,6 +26,9 @@ from autoround.ranks import ALONE, Ranks, owners, summed
 
 # Rows of an expert come in multiples of this many on a CPU, whose library of products prepares each new size anew.
 EXPERT_ROWS = 32
+# Tokens that pass through a dense block together on a CPU: caches hold what lies between its layers, and the heap what
+# they compute. Of experts each would get few.
+CPU_TOKENS = 512
 # Whole numbers below it are exact in float32, in which ranks tell each other sums.
 WHOLE = 2**24
 
@@ -67,10 +70,11 @@ class Passes:
         owned = owners(len(batches), shared)
         mine = [rows_B for rows_B, owner in zip(batches, owned, strict=True) if owner == self.ranks.rank or shared == 1]
         with torch.no_grad():
-            for rows_B, device in zip(mine, itertools.cycle(devices), strict=False):
-                y_BTD = block_fn(copies[device], bound(template, x_NTD, rows_B, device))
-                y_NTD = y_NTD if len(y_NTD) else room((len(x_NTD), *y_BTD.shape[1:]), y_BTD.dtype, x_NTD.device)
-                y_NTD[rows_B] = y_BTD.to(y_NTD.device)
+            for batch_B, device in zip(mine, itertools.cycle(devices), strict=False):
+                for rows_B in at_once(batch_B, block_fn, x_NTD, device):
+                    y_BTD = block_fn(copies[device], bound(template, x_NTD, rows_B, device))
+                    y_NTD = y_NTD if len(y_NTD) else room((len(x_NTD), *y_BTD.shape[1:]), y_BTD.dtype, x_NTD.device)
+                    y_NTD[rows_B] = y_BTD.to(y_NTD.device)
         if shared > 1:
             self.ranks.share(owned, y_NTD.split(self.batch_size))
         return y_NTD
@@ -83,9 +87,9 @@ class Passes:
         inputs: Inputs,
         *,
         rows: int,
-        gram: init.Gram | None,
+        gram: observe.Gram | None,
         parts: int,
-    ) -> init.Observed:
+    ) -> observe.Observed:
         """What the block's layers are given, as far as anybody asks; ranks share the parts.
 
         Args:
@@ -98,12 +102,12 @@ class Passes:
             parts: into how many the rows are divided at most; they decide the order in which is added up.
         """
         if not rows:
-            return init.Observed({}, {}, {})
+            return observe.Observed({}, {}, {})
         x_NTD, valid_NT, home = inputs.stream.quantized_NTD, inputs.valid_NT, sharers(block_fn, self.devices)[0]
         batches = torch.arange(rows).split(self.batch_size)
 
         def calls(own: Sequence[Tensor]) -> Iterator[tuple[func.Call, Tensor]]:
-            for rows_B in own:
+            for rows_B in (rows_B for batch_B in own for rows_B in at_once(batch_B, block_fn, x_NTD, home)):
                 yield bound(inputs.template, x_NTD, rows_B, home), valid_NT[rows_B].to(home)
 
         count = min(parts, len(batches))
@@ -111,23 +115,23 @@ class Passes:
         divided = [calls(batches[first:last]) for first, last in itertools.pairwise(bounds)]
         shared = count >= self.ranks.size and valid_NT.numel() < WHOLE
         total = partial(summed, self.ranks if shared else ALONE)
-        return init.observe_parts(block_fn, tensors, divided, specs, gram=gram, total=total)
+        return observe.observe_parts(block_fn, tensors, divided, specs, gram=gram, total=total)
 
 
-def gram_of(dtype: torch.dtype) -> init.Gram:
+def gram_of(dtype: torch.dtype) -> observe.Gram:
     """How the Hessians of layers are summed up whose inputs are of a dtype.
 
     Products of bfloat16's numbers are exact, and are added up in float32, where a processor multiplies in bfloat16; so
     are those that a GPU multiplies in TF32.
     """
-    return _gram_of_bfloat16 if dtype == torch.bfloat16 else init.gram_in_tiles
+    return _gram_of_bfloat16 if dtype == torch.bfloat16 else observe.add_gram
 
 
-def _gram_of_bfloat16(x_MI: Tensor) -> Tensor:
+def _gram_of_bfloat16(sum_II: Tensor, x_MI: Tensor) -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        return init.gram_in_tiles(x_MI)
+        observe.add_gram(sum_II, x_MI)
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -156,6 +160,13 @@ def captured(
 def evened(block_fn: func.BlockFn, numerics: Numerics) -> BlockFunction:
     """The block, on a CPU with the rows of its experts in multiples."""
     return in_even_groups(block_fn, EXPERT_ROWS) if numerics.device == "cpu" else block_fn
+
+
+def at_once(rows_B: Tensor, block_fn: func.BlockFn, x_NTD: Tensor, device: torch.device) -> Sequence[Tensor]:
+    """The rows of a batch that pass through a block together."""
+    if device.type != "cpu" or block_fn.stacks:
+        return [rows_B]
+    return rows_B.split(max(1, CPU_TOKENS // x_NTD.shape[1]))
 
 
 def bound(template: CallTemplate, x_NTD: Tensor, rows_B: Tensor, device: torch.device) -> func.Call:

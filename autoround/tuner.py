@@ -18,7 +18,7 @@ from autoround.backends.host import KEPT_BYTES, release_heap, trim_heap
 from autoround.beside import beside
 from autoround.coverage import STARVED_TOKENS
 from autoround.errors import AutoRoundError
-from autoround.func import init
+from autoround.func import init, observe
 from autoround.func.experts import also_in_turn, restored
 from autoround.func.slices import CPU_WEIGHTS
 from autoround.func.types import BlockFunction
@@ -173,7 +173,7 @@ class BlockTuner:
         tensors: Mapping[str, Tensor],
         specs: Mapping[str, func.WeightSpec],
         inputs: Inputs,
-    ) -> init.Observed:
+    ) -> observe.Observed:
         """What the block's layers are given, as far as the recipe asks."""
         stacked = any(f"{path}.weight" in block_fn.stacks for path in specs)
         rows = observed_rows(self._recipe, len(inputs.valid_NT), stacked=stacked)

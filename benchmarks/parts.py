@@ -9,14 +9,18 @@ Legend: M tokens, I input features, B rows, T tokens in a row, D hidden size.
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from autoround import func
 from autoround.backends.base import jit, select
 from autoround.func import init
-from autoround.passes import gram_of
+from autoround.func.observe import add_gram
+from autoround.passes import CPU_TOKENS, at_once, gram_of
 from benchmarks import machine
 from benchmarks.step import make_block, parse
 
@@ -45,32 +49,43 @@ def measured(rows: int, seqlen: int) -> list[tuple[str, float, bool]]:
     own = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     compiled = jit(lambda tensors, call: block_fn(tensors, call), compiler=backend.compiler)
     inputs = {width: torch.randn(rows * seqlen, width).to(dtype) for width in (576, 1536)}
-    hessians = {width: init.gram_in_tiles(x_MI.float()) for width, x_MI in inputs.items()}
+    hessians = {width: x_MI.float().T @ x_MI.float() for width, x_MI in inputs.items()}
+    sums = {width: torch.zeros(width, width) for width in inputs}
     of_layers = {path: hessians[weight.weight_OGS[0].numel()] for path, weight in weights.tuned.items()}
     moments = {path: hessian_II.diagonal() for path, hessian_II in of_layers.items()}
     products = [(torch.randn(rows * seqlen, tensor.shape[1]).to(dtype), tensor.to(dtype).t())
                 for tensor in tensors.values() if tensor.ndim == 2]  # fmt: skip
 
-    def forward(function: Callable[..., Tensor]) -> Callable[[], object]:
-        return torch.no_grad()(lambda: function(own, batch.call))
+    def forward(function: Callable[..., Tensor], call: func.Call = batch.call) -> Callable[[], object]:
+        return torch.no_grad()(lambda: function(own, call))
 
-    def grams(gram: Callable[[Tensor], Tensor]) -> Callable[[], object]:
-        """Of the three inputs of the width of the block, and of the wide one."""
-        return lambda: [gram(inputs[width]) for width in (576, 576, 576, 1536)]
+    together = at_once(torch.arange(rows), block_fn, torch.empty(rows, seqlen), device)
+    calls = [tree_map(partial(_rows, rows_B, rows), batch.call) for rows_B in together]
+
+    def grams(gram: Callable[[Tensor, Tensor], object]) -> Callable[[], object]:
+        """Of the three inputs of the width of the block, and of the wide one, in parts as rows pass together."""
+        return lambda: [gram(sums[width], x_MI) for width in (576, 576, 576, 1536)
+                        for x_MI in inputs[width].split(CPU_TOKENS)]  # fmt: skip
 
     return [
-        ("forward pass", milliseconds(forward(block_fn)), True),
+        ("forward pass, some rows together", milliseconds(lambda: [forward(block_fn, call)() for call in calls]), True),
+        ("  all rows of a batch at once", milliseconds(forward(block_fn)), True),
         ("  compiled", milliseconds(forward(compiled)), True),
         ("  its linear layers alone", milliseconds(lambda: [left @ right for left, right in products]), True),
-        ("Hessians, upper tiles", milliseconds(grams(lambda x_MI: gram_of(dtype)(x_MI.float()))), True),
-        ("  multiplied in float32", milliseconds(grams(lambda x_MI: init.gram_in_tiles(x_MI.float()))), True),
-        ("  and whole", milliseconds(grams(lambda x_MI: x_MI.float().T @ x_MI.float())), True),
-        ("  in bfloat16, sums rounded", milliseconds(grams(lambda x_MI: (x_MI.T @ x_MI).float())), True),
+        ("Hessians, upper tiles", milliseconds(grams(lambda sum_II, x_MI: gram_of(dtype)(sum_II, x_MI.float()))), True),
+        ("  multiplied in float32", milliseconds(grams(lambda sum_II, x_MI: add_gram(sum_II, x_MI.float()))), True),
+        ("  and whole", milliseconds(grams(lambda sum_II, x_MI: sum_II.addmm_(x_MI.float().T, x_MI.float()))), True),
+        ("  in bfloat16, sums rounded", milliseconds(grams(lambda sum_II, x_MI: sum_II.add_(x_MI.T @ x_MI))), True),
         ("clip search", milliseconds(lambda: init.search_params(weights, moments, specs)), False),
         ("compensation", milliseconds(lambda: func.compensate(weights.tuned, params, of_layers, specs)), False),
         ("  two factors in float64 of each Hessian", milliseconds(lambda: [_two_factors(own_II) for own_II in
                                                                   (*[hessians[576]] * 3, hessians[1536])]), False),
     ]  # fmt: skip
+
+
+def _rows(rows_B: Tensor, rows: int, leaf: Any) -> Any:
+    """Of an argument that has as many rows as a batch."""
+    return leaf[rows_B] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == rows else leaf
 
 
 def _two_factors(hessian_II: Tensor) -> Tensor:

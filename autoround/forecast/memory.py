@@ -19,7 +19,7 @@ from autoround.backends.base import Numerics
 from autoround.forecast.blank import BlankRun, mapped
 from autoround.forecast.count import ByteCount, without_data
 from autoround.forecast.types import BlockNeed, Memory
-from autoround.func import Codes, init
+from autoround.func import Codes, init, observe
 from autoround.func.compensate import compensate
 from autoround.model.finish import read_weight
 from autoround.model.read import read_block
@@ -164,7 +164,7 @@ class Countable(BlockTuner):
 
     _hessians: Mapping[str, Tensor] = MappingProxyType({})
 
-    def _observe(self, *args: Any) -> init.Observed:
+    def _observe(self, *args: Any) -> observe.Observed:
         observed = super()._observe(*args)
         self._hessians = observed.hessians
         return observed._replace(hessians={})

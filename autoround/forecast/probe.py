@@ -15,7 +15,7 @@ from torch import Tensor
 from autoround import func
 from autoround.forecast.blank import BlankRun
 from autoround.forecast.types import Seconds
-from autoround.func import init
+from autoround.func import init, observe
 from autoround.model.calls import CallTemplate
 from autoround.model.read import read_block
 from autoround.passes import gram_of
@@ -150,8 +150,8 @@ def _compensation_seconds(sample: _Sample) -> tuple[float, float]:
     device, batch = sample.blank.run.device, sample.batch(sample.rows)
     calls = [(batch.call, batch.valid_BT)]
 
-    def observed(gram: init.Gram | None) -> init.Observed:
-        return init.observe_inputs(sample.block_fn, sample.whole, calls, sample.specs, gram=gram)
+    def observed(gram: observe.Gram | None) -> observe.Observed:
+        return observe.observe_inputs(sample.block_fn, sample.whole, calls, sample.specs, gram=gram)
 
     gram = gram_of(sample.blank.run.numerics.torch_dtype)
     with_them, without = (_timed(partial(observed, each), device) for each in (gram, None))

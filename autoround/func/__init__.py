@@ -10,7 +10,7 @@ from autoround.func.fuse import Fusion as Fusion
 from autoround.func.fuse import fuse as fuse
 from autoround.func.init import search_clips as search_clips
 from autoround.func.init import search_params as search_params
-from autoround.func.init import second_moments as second_moments
+from autoround.func.observe import second_moments as second_moments
 from autoround.func.optim import Transform as Transform
 from autoround.func.optim import adamw as adamw
 from autoround.func.optim import apply_updates as apply_updates

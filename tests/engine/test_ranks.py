@@ -20,7 +20,7 @@ from autoround.backends.base import of_rank
 from autoround.backends.gpu import GpuBackend
 from autoround.engine import quantize
 from autoround.errors import AutoRoundError, JournalError, UsageError
-from autoround.func import init
+from autoround.func import observe
 from autoround.func.types import IntCodes
 from autoround.journal import read_manifest
 from autoround.launch import Launch, launched
@@ -183,7 +183,7 @@ def test_a_sum_has_the_same_bits_for_every_number_of_ranks(count: int, size: int
         assert asked[rank] == [index for index, owner in enumerate(owners(count, size)) if owner == rank]
 
 
-def observed(ranks: Ranks, rows: int, parts: int, asked: list[int]) -> init.Observed:
+def observed(ranks: Ranks, rows: int, parts: int, asked: list[int]) -> observe.Observed:
     """What two layers are given, with Hessians; ``asked`` is told the rows that this rank ran."""
     torch.manual_seed(0)
     block = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.GELU(), torch.nn.Linear(6, 3))
@@ -199,7 +199,7 @@ def observed(ranks: Ranks, rows: int, parts: int, asked: list[int]) -> init.Obse
     specs = dict.fromkeys(("0", "2"), QuantSpec(bits=4, group_size=2))
     passes = Passes(batch_size=2, devices=[torch.device("cpu")], ranks=ranks)
     return passes.observe(
-        func.make_block_fn(block), block.state_dict(), specs, inputs, rows=rows, gram=init.gram_in_tiles, parts=parts
+        func.make_block_fn(block), block.state_dict(), specs, inputs, rows=rows, gram=observe.add_gram, parts=parts
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from autoround import func as F
 from autoround.errors import ModelError
 from autoround.func.compensate import DAMPING
-from autoround.func.init import gram_in_tiles, observe_inputs
+from autoround.func.observe import add_gram, observe_inputs
 from autoround.func.rounding import grid_of
 
 SPECS: list[F.WeightSpec] = [F.QuantSpec(bits=2, group_size=32, sym=sym) for sym in (True, False)]
@@ -131,12 +131,12 @@ class Twins(nn.Module):
 
 
 def test_hessians_are_observed_over_valid_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autoround.func.init.GRAM_COLUMNS", 4)  # of six, so that there are two tiles of unequal size
+    monkeypatch.setattr("autoround.func.observe.GRAM_COLUMNS", 4)  # of six, so that there are two tiles of unequal size
     torch.manual_seed(0)
     block, x, valid = Twins(), torch.randn(4, 3, 6), torch.rand(4, 3) > 0.3
     block_fn = F.make_block_fn(block)
     calls = [(F.Call((x[rows],), {}), valid[rows]) for rows in (slice(0, 2), slice(2, 4))]
-    observed = observe_inputs(block_fn, block.state_dict(), calls, ["gate", "up", "down"], gram=gram_in_tiles)
+    observed = observe_inputs(block_fn, block.state_dict(), calls, ["gate", "up", "down"], gram=add_gram)
     torch.testing.assert_close(observed.hessians["gate"], hessian_of(x[valid]))
     assert torch.equal(observed.hessians["gate"], observed.hessians["gate"].T)
     assert observed.hessians["up"] is observed.hessians["gate"]

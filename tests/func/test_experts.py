@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from autoround import func as F
 from autoround.func.block import block_tensors, stack_paths
 from autoround.func.experts import also_in_turn, in_even_groups, observe, restore
-from autoround.func.init import observe_inputs
+from autoround.func.observe import observe_inputs
 from tests.engine.mixtures import MODELS, make
 
 STACKS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from autoround import func as F
 from autoround.errors import ModelError
-from autoround.func.init import search_params, second_moments
+from autoround.func.init import search_params
+from autoround.func.observe import second_moments
 
 SIZE = 32
 
