@@ -157,7 +157,10 @@ def _compensation_seconds(sample: _Sample) -> tuple[float, float]:
     with_them, without = (_timed(partial(observed, each), device) for each in (gram, None))
     found, params = observed(gram).hessians, func.init_params(sample.weights.tuned)
     start = time.perf_counter()
-    func.compensate(sample.weights.tuned, params, found, sample.specs)
+    moved = func.compensate(sample.weights.tuned, params, found, sample.specs)
+    if not sample.blank.run.recipe.iters:
+        codes = {path: func.quantize(own, params[path], sample.specs[path]) for path, own in moved.items()}
+        func.refit_scales(sample.weights.tuned, codes, found, sample.specs)
     _wait(device)
     return max(with_them - without, 0.0) / sample.rows, time.perf_counter() - start
 

@@ -6,6 +6,7 @@ from autoround.func.block import make_block_fn as make_block_fn
 from autoround.func.block import split_tensors as split_tensors
 from autoround.func.block import split_weights as split_weights
 from autoround.func.compensate import compensate as compensate
+from autoround.func.compensate import refit_scales as refit_scales
 from autoround.func.fuse import Fusion as Fusion
 from autoround.func.fuse import fuse as fuse
 from autoround.func.init import search_clips as search_clips

@@ -16,14 +16,21 @@ from einops import rearrange
 from torch import Tensor
 
 from autoround.errors import ModelError
-from autoround.func.rounding import grid_of
-from autoround.func.types import Params, Prepared
+from autoround.func.rounding import dequantize, grid_of
+from autoround.func.scales import FACTOR_RANGE, store_scales
+from autoround.func.types import Codes, IntCodes, Params, Prepared
 from autoround.spec import WeightSpec
 
 # Added to the Hessian's diagonal, relative to its mean.
 DAMPING = 0.01
 # Columns that are rounded one after another before the rest is updated by one product.
 LUMP = 128
+# Numbers of an array that is held while scales are solved for, some rows at a time.
+SOLVED = 2**24
+# Added to the diagonal of what is solved, relative to its mean: codes of a group may all be 0.
+RIDGE = 1e-6
+# Widest codes whose scales are fitted again.
+REFITTED_BITS = 3
 
 
 class Columns(NamedTuple):
@@ -144,3 +151,58 @@ def _inverse_factor(hessian_II: Tensor) -> Tensor:
     one_II = torch.eye(len(factor_II), device=factor_II.device)
     inverse_II: Tensor = torch.linalg.solve_triangular(factor_II, one_II, upper=False)
     return inverse_II.flip(0, 1)
+
+
+def refit_scales(
+    tuned: Mapping[str, Prepared],
+    codes: Mapping[str, Codes],
+    hessians: Mapping[str, Tensor],
+    specs: Mapping[str, WeightSpec],
+) -> dict[str, Codes]:
+    """Give codes of few bits the scales with which they, as they are, keep their layer's output best: least squares.
+
+    A row's output is linear in its scales, so that its error is a quadratic form of them by the Hessian; all groups of
+    a row are solved for together. Codes of more than ``REFITTED_BITS`` are returned as they are: their scales were
+    right to begin with, and to fit them to the calibration text is to follow its noise.
+
+    Args:
+        tuned: layer path -> weight before any compensation.
+        codes: layer path -> its codes.
+        hessians: layer path -> float32 (I, I), as for ``compensate``.
+        specs: layer path -> how its weight is stored; blocks of GGUF types are returned as they are.
+
+    >>> from autoround.func.rounding import prepare
+    >>> from autoround.func.types import IntCodes
+    >>> from autoround.spec import QuantSpec
+    >>> spec = QuantSpec(bits=2, group_size=2)
+    >>> tuned = {"up": prepare(torch.tensor([[1.2, -1.2]]), spec)}
+    >>> codes = {"up": IntCodes(torch.tensor([[3, 1]]), torch.tensor([[1.0]]), torch.tensor([[2]]))}
+    >>> refit_scales(tuned, codes, {"up": torch.eye(2)}, {"up": spec})["up"].scale_OG
+    tensor([[1.2000]])
+    """
+    refitted = dict(codes)
+    for path, own in codes.items():
+        spec = specs[path]
+        if path in hessians and isinstance(own, IntCodes) and spec.bits <= REFITTED_BITS:
+            factor_OG = _best_factors(tuned[path].weight_OGS, dequantize(own, spec), hessians[path])
+            refitted |= store_scales({path: own}, {path: {"scale_OG": factor_OG}})
+    return refitted
+
+
+def _best_factors(weight_OGS: Tensor, rounded_OI: Tensor, hessian_II: Tensor) -> Tensor:
+    """Factors of a rounded weight's groups that bring its product with the inputs closest to the weight's own."""
+    out_features, groups, size = weight_OGS.shape
+    damped_II = hessian_II.clone()
+    damped_II.diagonal().add_(DAMPING * hessian_II.diagonal().mean())
+    damped_GSI = damped_II.unflatten(0, (groups, size))
+    factors = []
+    for rows_O in torch.arange(out_features).split(max(1, SOLVED // (groups * groups * size))):
+        own_OGS = rounded_OI[rows_O].unflatten(1, (groups, size))
+        product_OGI = torch.einsum("ogs,gsi->ogi", own_OGS, damped_GSI)
+        form_OGG = torch.einsum("ogks,oks->ogk", product_OGI.unflatten(2, (groups, size)), own_OGS)
+        aim_OG = torch.einsum("ogi,oi->og", product_OGI, weight_OGS[rows_O].flatten(1))
+        # what has no say in the output keeps its scale
+        ridge_O = RIDGE * form_OGG.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float32).tiny
+        form_OGG.diagonal(dim1=1, dim2=2).add_(ridge_O[:, None])
+        factors.append(torch.linalg.solve(form_OGG, aim_OG + ridge_O[:, None]))
+    return torch.cat(factors).clamp(*FACTOR_RANGE)

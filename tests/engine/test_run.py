@@ -128,8 +128,8 @@ def test_nearest_needs_no_data_and_no_steps(tmp_path: Path) -> None:
 
 def test_opt_rtn_searches_clips_and_takes_no_step(tmp_path: Path) -> None:
     model = make()
-    run = tune(model, tmp_path / "opt", "opt_rtn")
-    plain = tune(model, tmp_path / "rtn", "rtn")
+    run = tune(model, tmp_path / "opt", "opt_rtn", bits=4)
+    plain = tune(model, tmp_path / "rtn", "rtn", bits=4)
     assert Journal(run.journal_folder, {}).read_stats(0) == {}
     assert divergence(replaced("llama", run), model) < divergence(replaced("llama", plain), model)
     scales = [own.scale_OG for own in codes(run).values()]

@@ -145,3 +145,48 @@ def test_hessians_are_observed_over_valid_tokens(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(observed.hessians["down"], hessian_of(hidden_MI))
     torch.testing.assert_close(observed.moments["down"], hidden_MI.square().mean(0))
     assert observe_inputs(block_fn, block.state_dict(), calls, ["gate"]).hessians == {}
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_scales_are_refitted_by_least_squares(bits: int, sym: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["autoround.func.compensate"], "SOLVED", 8 * COLUMNS * 5)  # five rows at a time
+    torch.manual_seed(0)
+    spec = F.QuantSpec(bits=bits, group_size=32, sym=sym, scale_dtype="float32")
+    weight_OI, x_MI = torch.randn(ROWS, COLUMNS), inputs_MI()
+    hessian_II = hessian_of(x_MI)
+    prepared, after, params = moved(weight_OI, hessian_II, spec)
+    codes = {"up": F.quantize(after, params, spec)}
+    found = F.refit_scales({"up": prepared}, codes, {"up": hessian_II}, {"up": spec})["up"]
+    assert torch.equal(found.q_OI, codes["up"].q_OI)
+    # the same as a regression on what each group alone makes of the inputs, damped by rows that stand for other inputs
+    damping = DAMPING * hessian_II.diagonal().mean()
+    all_MI = torch.cat([x_MI / len(x_MI) ** 0.5, damping.sqrt() * torch.eye(COLUMNS)]).double()
+    for row in range(ROWS):
+        own_I = F.dequantize(codes["up"], spec)[row].double()
+        parts_MG = (all_MI * own_I).unflatten(1, (-1, 32)).sum(-1)
+        factor_G = torch.linalg.lstsq(parts_MG, all_MI @ weight_OI[row].double()).solution
+        torch.testing.assert_close(
+            found.scale_OG[row] / codes["up"].scale_OG[row], factor_G.float(), rtol=1e-3, atol=1e-3
+        )
+    before, refitted = (
+        (x_MI @ (F.dequantize(own, spec) - weight_OI).T).square().mean() for own in (codes["up"], found)
+    )
+    assert refitted < 0.99 * before
+
+
+@pytest.mark.parametrize("spec", [F.QuantSpec(bits=4, group_size=32), F.GgufSpec(type="q2_k")], ids=str)
+def test_scales_of_more_bits_and_of_blocks_stay(spec: F.WeightSpec) -> None:
+    torch.manual_seed(0)
+    hessian_II = hessian_of(inputs_MI())
+    prepared, after, params = moved(torch.randn(ROWS, COLUMNS), hessian_II, spec)
+    codes = {"up": F.quantize(after, params, spec)}
+    assert F.refit_scales({"up": prepared}, codes, {"up": hessian_II}, {"up": spec}) == codes
+
+
+def test_a_group_without_a_say_keeps_its_scale() -> None:
+    spec = F.QuantSpec(bits=2, group_size=2, scale_dtype="float32")
+    tuned = {"up": F.prepare(torch.tensor([[1.2, -1.2, 0.1, 0.1], [0.1, 0.1, 0.1, 0.1]]), spec)}
+    own = F.IntCodes(torch.tensor([[3, 1, 2, 2], [2, 2, 2, 2]]), torch.ones(2, 2), torch.full((2, 2), 2))
+    found = F.refit_scales(tuned, {"up": own}, {"up": torch.eye(4)}, {"up": spec})["up"]
+    torch.testing.assert_close(found.scale_OG, torch.tensor([[1.2, 1.0], [1.0, 1.0]]))
