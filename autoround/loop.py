@@ -25,14 +25,14 @@ from autoround.model.load import OpenModel
 from autoround.model.media import Media
 from autoround.model.read import BlockReader
 from autoround.numerics import divided, ran_out
-from autoround.passes import Passes, captured
+from autoround.passes import MOMENT_ROWS, Passes, captured
 from autoround.placement import SpreadFn, as_named, fitted
 from autoround.plan import Plan
 from autoround.precision import Dtypes, cast, held_dtypes
 from autoround.progress import BlockDone, Meter
 from autoround.ranks import ALONE, Ranks, compare, turns
 from autoround.recipe import Recipe
-from autoround.tuner import MOMENT_ROWS, BlockTuner, Tuned
+from autoround.tuner import BlockTuner, Tuned
 
 
 @dataclass(kw_only=True)

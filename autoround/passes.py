@@ -23,12 +23,15 @@ from autoround.model.load import OpenModel
 from autoround.model.media import Media
 from autoround.placement import sharers
 from autoround.ranks import ALONE, Ranks, owners, summed
+from autoround.recipe import Recipe
 
 # Rows of an expert come in multiples of this many on a CPU, whose library of products prepares each new size anew.
 EXPERT_ROWS = 32
 # Tokens that pass through a dense block together on a CPU: caches hold what lies between its layers, and the heap what
 # they compute. Of experts each would get few.
 CPU_TOKENS = 512
+# Rows that the clip search weighs input channels by; for experts, which take few tokens each, all rows count.
+MOMENT_ROWS = 32
 # Whole numbers below it are exact in float32, in which ranks tell each other sums.
 WHOLE = 2**24
 
@@ -116,6 +119,18 @@ class Passes:
         shared = count >= self.ranks.size and valid_NT.numel() < WHOLE
         total = partial(summed, self.ranks if shared else ALONE)
         return observe.observe_parts(block_fn, tensors, divided, specs, gram=gram, total=total)
+
+
+def observed_rows(recipe: Recipe, rows: int, *, stacked: bool) -> int:
+    """How many rows a block is run on to see what its layers are given.
+
+    Args:
+        rows: how many there are.
+        stacked: whether the block holds a mixture of experts.
+    """
+    if stacked or recipe.compensates:
+        return rows
+    return min(rows, MOMENT_ROWS) if recipe.searches_clips else 0
 
 
 def gram_of(dtype: torch.dtype) -> observe.Gram:

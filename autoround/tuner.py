@@ -22,15 +22,13 @@ from autoround.func import init, observe
 from autoround.func.experts import also_in_turn, restored
 from autoround.func.slices import CPU_WEIGHTS
 from autoround.func.types import BlockFunction
-from autoround.passes import Passes, bound, evened, gram_of, replicas
+from autoround.passes import Passes, bound, evened, gram_of, observed_rows, replicas
 from autoround.placement import SpreadFn, sharers
 from autoround.precision import Dtypes, cast
 from autoround.ranks import ALONE, Ranks, owners_by_size, summed
 from autoround.recipe import Recipe
 from autoround.schedule import batch_rows, make_optimizer
 
-# Rows that the clip search weighs input channels by; for experts, which take few tokens each, all rows count.
-MOMENT_ROWS = 32
 # Weights of a single layer that are quantized at a time.
 LAYER_ELEMENTS = 2**23
 # Steps after which a host's heap is trimmed again: the pieces that steps free leave holes, which grow.
@@ -313,18 +311,6 @@ class BlockTuner:
 def lifted(block_fn: func.BlockFn, fusion: func.Fusion, numerics: Numerics) -> BlockFunction:
     """The block as steps take it."""
     return fusion.lift(evened(block_fn, numerics))
-
-
-def observed_rows(recipe: Recipe, rows: int, *, stacked: bool) -> int:
-    """How many rows a block is run on to see what its layers are given.
-
-    Args:
-        rows: how many there are.
-        stacked: whether the block holds a mixture of experts.
-    """
-    if stacked or recipe.compensates:
-        return rows
-    return min(rows, MOMENT_ROWS) if recipe.searches_clips else 0
 
 
 def _quantize(

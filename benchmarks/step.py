@@ -6,7 +6,7 @@ backward, timed alone in that dtype: outputs, gradients of weights, and gradient
 that read the block's own input. Rounds alternate between step, bound and one large square product.
 
 ``python -m benchmarks.step [--like MODEL] [--bits N] [--group-size N] [--batch N] [--seqlen N] [--seconds N]
-[--mode eager|compiled|autotuned|graph] [--attention eager|sdpa] [--json FILE]``
+[--mode eager|compiled|autotuned|graph] [--dtype DTYPE] [--attention eager|sdpa] [--json FILE]``
 
 Modes beside the engine's: ``autotuned`` lets the compiler try variants of kernels and products, ``graph`` records the
 compiled step as a CUDA graph and replays it.
@@ -152,7 +152,8 @@ def timed(runs: Mapping[str, Callable[[], None]], seconds: float, wait: Callable
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of the first step, a step, its bound and the square product; rates in GFLOP/s; dtype and attention."""
     backend, device = select(options.device)
-    dtype, attention = backend.compute_dtype(), options.attention or backend.attention(options.seqlen)
+    dtype = getattr(torch, options.dtype) if options.dtype else backend.compute_dtype()
+    attention = options.attention or backend.attention(options.seqlen)
     block = make_block(options, device, dtype, attention)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     start = time.perf_counter()
@@ -182,6 +183,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--mode", choices=MODES, default="compiled")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="the backend's choice by default")
     parser.add_argument("--attention", choices=("eager", "sdpa"), help="the backend's choice by default")
     parser.add_argument("--json", type=Path, help="file for the figures")
     return parser.parse_args(words)

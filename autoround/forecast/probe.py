@@ -18,12 +18,12 @@ from autoround.forecast.types import Seconds
 from autoround.func import init, observe
 from autoround.model.calls import CallTemplate
 from autoround.model.read import read_block
-from autoround.passes import gram_of
+from autoround.passes import gram_of, observed_rows
 from autoround.precision import cast
 from autoround.scales import scale_rows, used_rows
 from autoround.schedule import make_optimizer
 from autoround.spec import GgufSpec, QuantSpec
-from autoround.tuner import lifted, observed_rows
+from autoround.tuner import lifted
 
 # A call is timed until this many seconds have passed, and at least once after one that is not counted.
 _SECONDS = 0.4

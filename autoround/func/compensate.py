@@ -191,16 +191,17 @@ def refit_scales(
 
 def _best_factors(weight_OGS: Tensor, rounded_OI: Tensor, hessian_II: Tensor) -> Tensor:
     """Factors of a rounded weight's groups that bring its product with the inputs closest to the weight's own."""
-    out_features, groups, size = weight_OGS.shape
+    _, groups, size = weight_OGS.shape
     damped_II = hessian_II.clone()
     damped_II.diagonal().add_(DAMPING * hessian_II.diagonal().mean())
-    damped_GSI = damped_II.unflatten(0, (groups, size))
+    damped_GSI = damped_II.view(groups, size, -1)
     factors = []
-    for rows_O in torch.arange(out_features).split(max(1, SOLVED // (groups * groups * size))):
-        own_OGS = rounded_OI[rows_O].unflatten(1, (groups, size))
+    rows = max(1, SOLVED // (groups * groups * size))
+    parts = (torch.split(each, rows) for each in (rounded_OI.view_as(weight_OGS), weight_OGS.flatten(1)))
+    for own_OGS, float_OI in zip(*parts, strict=True):
         product_OGI = torch.einsum("ogs,gsi->ogi", own_OGS, damped_GSI)
-        form_OGG = torch.einsum("ogks,oks->ogk", product_OGI.unflatten(2, (groups, size)), own_OGS)
-        aim_OG = torch.einsum("ogi,oi->og", product_OGI, weight_OGS[rows_O].flatten(1))
+        form_OGG = torch.einsum("ogks,oks->ogk", product_OGI.view(-1, groups, groups, size), own_OGS)
+        aim_OG = torch.einsum("ogi,oi->og", product_OGI, float_OI)
         # what has no say in the output keeps its scale
         ridge_O = RIDGE * form_OGG.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float32).tiny
         form_OGG.diagonal(dim1=1, dim2=2).add_(ridge_O[:, None])
