@@ -24,6 +24,8 @@ FREE_SETTINGS = frozenset({
 })  # fmt: skip
 
 
+# Raised whenever the same settings give other codes than before: a run then goes on with the version that began it.
+METHOD = "2"
 # What may differ between the ranks of a run: how each of them reaches a hub.
 _OF_A_RANK = frozenset({"token", "cache_dir"})
 
@@ -70,4 +72,9 @@ def manifest_of(
 
 
 def _versions() -> dict[str, str]:
-    return {"autoround": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "autoround": __version__,
+        "method": METHOD,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

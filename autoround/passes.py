@@ -43,7 +43,7 @@ class Passes:
     """How rows pass through blocks.
 
     Attributes:
-        batch_size: rows at a time.
+        batch_size: rows that one device passes, and one rank; some of them together (``at_once``).
         devices: where blocks run; several take turns.
         ranks: processes that share the rows.
     """

@@ -85,8 +85,8 @@ class Recipe:
         "tuning",
         off_flags=("no_clip_search",))
     compensate: bool | None = option(
-        None, "round column after column, later ones making up for what earlier ones lost (GPTQ); when unset, on where "
-        "clips are searched and iters is 0", "tuning",
+        None, "round column after column, later ones making up for what earlier ones lost (GPTQ), and where iters is 0 "
+        "fit scales of 2 and 3 bits again; when unset, on where clips are searched and iters is 0", "tuning",
         off_flags=("no_compensate",))
     starved_experts: Literal["rtn", "route_all"] = option(
         "rtn", f"experts that fewer than {STARVED_TOKENS} calibration tokens reach: take no steps (rtn), or each token "

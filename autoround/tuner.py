@@ -126,7 +126,8 @@ class BlockTuner:
         compiled()  # the search compiles too, and torch compiles one thing at a time
         start = _without_offsets(self._start(weights, observed.moments, specs))
         tuned = func.compensate(weights.tuned, start, observed.hessians, specs)
-        floats = {} if self._recipe.iters else weights.tuned  # tuned clips are scales of their own
+        refitted = [] if self._recipe.iters else [path for path in observed.hessians if func.refits(specs[path])]
+        floats = {path: weights.tuned[path] for path in refitted}  # where steps are taken, clips decide the scales
         weights = weights._replace(tuned=fusion.merge(tuned))
         del float_tensors, tuned
         result = self._take_steps(trained_fn, fusion, weights, start, partial(self._batches, index, inputs, aim_NTD))
@@ -134,7 +135,8 @@ class BlockTuner:
         trim_heap()  # of what steps freed, before passes take more
         found = restored(fusion.split(result.params), start, _starved(observed.tokens))
         codes = _quantize(fusion.split(weights.tuned), found, specs)
-        codes |= func.refit_scales(floats, {path: codes[path] for path in floats}, observed.hessians, specs)
+        codes |= func.refit_scales(floats, codes, observed.hessians, specs)
+        floats, observed = {}, observed._replace(hessians={})
         if inputs.target_NTD is not None:
             return Tuned(codes, result.losses_K, None, tokens)
         rounded = {f"{path}.weight": func.dequantize(own, specs[path]).to(self._dtype) for path, own in codes.items()}

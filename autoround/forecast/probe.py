@@ -18,7 +18,7 @@ from autoround.forecast.types import Seconds
 from autoround.func import init, observe
 from autoround.model.calls import CallTemplate
 from autoround.model.read import read_block
-from autoround.passes import gram_of, observed_rows
+from autoround.passes import at_once, gram_of, observed_rows
 from autoround.precision import cast
 from autoround.scales import scale_rows, used_rows
 from autoround.schedule import make_optimizer
@@ -118,9 +118,17 @@ def _forward_seconds(sample: _Sample) -> float:
 
     def forward() -> None:
         with torch.no_grad():
-            sample.block_fn(sample.whole, sample.batch(sample.rows).call)
+            for batch in _batches(sample):
+                sample.block_fn(sample.whole, batch.call)
 
     return _timed(forward, sample.blank.run.device) / sample.rows
+
+
+def _batches(sample: _Sample) -> list[func.Batch]:
+    """Its rows, as many together as pass through a block."""
+    hidden = torch.empty(sample.rows, *sample.blank.hidden, device="meta")
+    together = at_once(torch.arange(sample.rows), sample.block_fn, hidden, sample.blank.run.device)
+    return [sample.batch(len(rows_B)) for rows_B in together]
 
 
 def _step_seconds(sample: _Sample) -> float:
@@ -147,8 +155,7 @@ def _step_seconds(sample: _Sample) -> float:
 
 def _compensation_seconds(sample: _Sample) -> tuple[float, float]:
     """Seconds of the Hessians for one row, and of compensation once they are there."""
-    device, batch = sample.blank.run.device, sample.batch(sample.rows)
-    calls = [(batch.call, batch.valid_BT)]
+    device, calls = sample.blank.run.device, [(batch.call, batch.valid_BT) for batch in _batches(sample)]
 
     def observed(gram: observe.Gram | None) -> observe.Observed:
         return observe.observe_inputs(sample.block_fn, sample.whole, calls, sample.specs, gram=gram)
@@ -159,8 +166,9 @@ def _compensation_seconds(sample: _Sample) -> tuple[float, float]:
     start = time.perf_counter()
     moved = func.compensate(sample.weights.tuned, params, found, sample.specs)
     if not sample.blank.run.recipe.iters:
-        codes = {path: func.quantize(own, params[path], sample.specs[path]) for path, own in moved.items()}
-        func.refit_scales(sample.weights.tuned, codes, found, sample.specs)
+        refitted = {path: sample.weights.tuned[path] for path in found if func.refits(sample.specs[path])}
+        codes = {path: func.quantize(moved[path], params[path], sample.specs[path]) for path in refitted}
+        func.refit_scales(refitted, codes, found, sample.specs)
     _wait(device)
     return max(with_them - without, 0.0) / sample.rows, time.perf_counter() - start
 

@@ -7,6 +7,7 @@ from autoround.func.block import split_tensors as split_tensors
 from autoround.func.block import split_weights as split_weights
 from autoround.func.compensate import compensate as compensate
 from autoround.func.compensate import refit_scales as refit_scales
+from autoround.func.compensate import refits as refits
 from autoround.func.fuse import Fusion as Fusion
 from autoround.func.fuse import fuse as fuse
 from autoround.func.init import search_clips as search_clips

@@ -2,7 +2,7 @@
 
 This is GPTQ (arXiv 2210.17323, section 3) with the scales found beforehand and columns in descending order of their
 mean square, on any grid. The result is a weight, not codes: rounding it to nearest gives the codes, and tuning can go
-on from it.
+on from it. Where it does not, and codes are of few bits, their scales are then fitted again to the codes.
 
 Legend: O output features, I input features, G groups in a row, S columns in a group, L columns of a lump.
 """
@@ -18,18 +18,18 @@ from torch import Tensor
 from autoround.errors import ModelError
 from autoround.func.rounding import dequantize, grid_of
 from autoround.func.scales import FACTOR_RANGE, store_scales
-from autoround.func.types import Codes, IntCodes, Params, Prepared
-from autoround.spec import WeightSpec
+from autoround.func.types import Codes, Params, Prepared
+from autoround.spec import QuantSpec, WeightSpec
 
 # Added to the Hessian's diagonal, relative to its mean.
 DAMPING = 0.01
 # Columns that are rounded one after another before the rest is updated by one product.
 LUMP = 128
 # Numbers of an array that is held while scales are solved for, some rows at a time.
-SOLVED = 2**24
+SOLVED = 2**22
 # Added to the diagonal of what is solved, relative to its mean: codes of a group may all be 0.
 RIDGE = 1e-6
-# Widest codes whose scales are fitted again.
+# Widest codes whose scales are fitted again: of 4 bits, it was no gain for a model whose weights lie near such a grid.
 REFITTED_BITS = 3
 
 
@@ -153,40 +153,52 @@ def _inverse_factor(hessian_II: Tensor) -> Tensor:
     return inverse_II.flip(0, 1)
 
 
+def refits(spec: WeightSpec) -> bool:
+    """Whether the scales of compensated codes are fitted again: where codes are few.
+
+    >>> from autoround.spec import GgufSpec, QuantSpec
+    >>> [refits(spec) for spec in (QuantSpec(bits=3), QuantSpec(bits=4), GgufSpec(type="q2_k"))]
+    [True, False, False]
+    """
+    return isinstance(spec, QuantSpec) and spec.bits <= REFITTED_BITS
+
+
 def refit_scales(
     tuned: Mapping[str, Prepared],
     codes: Mapping[str, Codes],
     hessians: Mapping[str, Tensor],
     specs: Mapping[str, WeightSpec],
 ) -> dict[str, Codes]:
-    """Give codes of few bits the scales with which they, as they are, keep their layer's output best: least squares.
+    """Give codes the scales with which they, as they are, keep their layer's output best: least squares.
 
-    A row's output is linear in its scales, so that its error is a quadratic form of them by the Hessian; all groups of
-    a row are solved for together. Codes of more than ``REFITTED_BITS`` are returned as they are: their scales were
-    right to begin with, and to fit them to the calibration text is to follow its noise.
+    A row's output is linear in its scales, so that its error is a quadratic form of them by the Hessian, damped as for
+    ``compensate``; all groups of a row are solved for together. A row that would not gain keeps its scales.
 
     Args:
-        tuned: layer path -> weight before any compensation.
-        codes: layer path -> its codes.
+        tuned: layer path -> weight before any compensation, of the layers to refit (``refits``).
+        codes: layer path -> integer codes.
         hessians: layer path -> float32 (I, I), as for ``compensate``.
-        specs: layer path -> how its weight is stored; blocks of GGUF types are returned as they are.
+        specs: layer path -> how its weight is stored.
+
+    Returns:
+        Codes of the layers in ``tuned``.
+
+    Raises:
+        ModelError: a scale is beyond the range of its dtype; names the layer.
 
     >>> from autoround.func.rounding import prepare
     >>> from autoround.func.types import IntCodes
-    >>> from autoround.spec import QuantSpec
     >>> spec = QuantSpec(bits=2, group_size=2)
     >>> tuned = {"up": prepare(torch.tensor([[1.2, -1.2]]), spec)}
     >>> codes = {"up": IntCodes(torch.tensor([[3, 1]]), torch.tensor([[1.0]]), torch.tensor([[2]]))}
     >>> refit_scales(tuned, codes, {"up": torch.eye(2)}, {"up": spec})["up"].scale_OG
     tensor([[1.2000]])
     """
-    refitted = dict(codes)
-    for path, own in codes.items():
-        spec = specs[path]
-        if path in hessians and isinstance(own, IntCodes) and spec.bits <= REFITTED_BITS:
-            factor_OG = _best_factors(tuned[path].weight_OGS, dequantize(own, spec), hessians[path])
-            refitted |= store_scales({path: own}, {path: {"scale_OG": factor_OG}})
-    return refitted
+    factors = {}
+    for path, prepared in tuned.items():
+        rounded_OI = dequantize(codes[path], specs[path])
+        factors[path] = {"scale_OG": _best_factors(prepared.weight_OGS, rounded_OI, hessians[path])}
+    return store_scales({path: codes[path] for path in tuned}, factors)
 
 
 def _best_factors(weight_OGS: Tensor, rounded_OI: Tensor, hessian_II: Tensor) -> Tensor:
@@ -202,8 +214,20 @@ def _best_factors(weight_OGS: Tensor, rounded_OI: Tensor, hessian_II: Tensor) ->
         product_OGI = torch.einsum("ogs,gsi->ogi", own_OGS, damped_GSI)
         form_OGG = torch.einsum("ogks,oks->ogk", product_OGI.view(-1, groups, groups, size), own_OGS)
         aim_OG = torch.einsum("ogi,oi->og", product_OGI, float_OI)
-        # what has no say in the output keeps its scale
-        ridge_O = RIDGE * form_OGG.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float32).tiny
-        form_OGG.diagonal(dim1=1, dim2=2).add_(ridge_O[:, None])
-        factors.append(torch.linalg.solve(form_OGG, aim_OG + ridge_O[:, None]))
-    return torch.cat(factors).clamp(*FACTOR_RANGE)
+        factors.append(_least(form_OGG, aim_OG))
+    return torch.cat(factors)
+
+
+def _least(form_OGG: Tensor, aim_OG: Tensor) -> Tensor:
+    """Of each row the factors f with the least ``f @ form @ f - 2 * aim @ f``, or ones where others gain nothing."""
+    # what has no say in the output keeps its scale
+    ridge_O = RIDGE * form_OGG.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float32).tiny
+    solvable_OGG = form_OGG + torch.diag_embed(ridge_O[:, None].expand_as(aim_OG))
+    found_OG, _ = torch.linalg.solve_ex(solvable_OGG, aim_OG + ridge_O[:, None])
+    found_OG, one_OG = found_OG.clamp(*FACTOR_RANGE), torch.ones_like(aim_OG)
+
+    def error_O(factor_OG: Tensor) -> Tensor:
+        return torch.einsum("og,ogk,ok->o", factor_OG, form_OGG, factor_OG) - 2 * (aim_OG * factor_OG).sum(1)
+
+    better_O = error_O(found_OG) < error_O(one_OG)  # what is not finite is not better
+    return torch.where(better_O[:, None], found_OG, one_OG)

@@ -87,7 +87,8 @@ def store_scales(codes: Mapping[str, Codes], factors: Factors) -> dict[str, Code
         for name in factors[path]:
             if not bool(torch.isfinite(getattr(stored[path], name)).all()):
                 raise ModelError(
-                    f"{path}: found a tuned scale beyond {getattr(own, name).dtype}; use fewer scale_steps"
+                    f"{path}: found a tuned scale beyond {getattr(own, name).dtype}; use fewer scale_steps "
+                    "or another scale_dtype"
                 )
     return stored
 

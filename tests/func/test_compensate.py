@@ -175,18 +175,30 @@ def test_scales_are_refitted_by_least_squares(bits: int, sym: bool, monkeypatch:
     assert refitted < 0.99 * before
 
 
-@pytest.mark.parametrize("spec", [F.QuantSpec(bits=4, group_size=32), F.GgufSpec(type="q2_k")], ids=str)
-def test_scales_of_more_bits_and_of_blocks_stay(spec: F.WeightSpec) -> None:
-    torch.manual_seed(0)
-    hessian_II = hessian_of(inputs_MI())
-    prepared, after, params = moved(torch.randn(ROWS, COLUMNS), hessian_II, spec)
-    codes = {"up": F.quantize(after, params, spec)}
-    assert F.refit_scales({"up": prepared}, codes, {"up": hessian_II}, {"up": spec}) == codes
-
-
 def test_a_group_without_a_say_keeps_its_scale() -> None:
     spec = F.QuantSpec(bits=2, group_size=2, scale_dtype="float32")
     tuned = {"up": F.prepare(torch.tensor([[1.2, -1.2, 0.1, 0.1], [0.1, 0.1, 0.1, 0.1]]), spec)}
     own = F.IntCodes(torch.tensor([[3, 1, 2, 2], [2, 2, 2, 2]]), torch.ones(2, 2), torch.full((2, 2), 2))
     found = F.refit_scales(tuned, {"up": own}, {"up": torch.eye(4)}, {"up": spec})["up"]
     torch.testing.assert_close(found.scale_OG, torch.tensor([[1.2, 1.0], [1.0, 1.0]]))
+
+
+def test_no_row_is_refitted_to_its_loss() -> None:
+    """Groups that stand for each other are solved for together, and what lies beyond the range is cut off."""
+    spec = F.QuantSpec(bits=2, group_size=1, scale_dtype="float32")
+    hessian_II = torch.tensor([[1.0, 0.999], [0.999, 1.0]])
+    weight_OI = torch.tensor([[6.0, -4.0], [2.0, 2.0]])
+    own = F.IntCodes(torch.full((2, 2), 3), torch.ones(2, 2), torch.full((2, 2), 2))
+    found = F.refit_scales({"up": F.prepare(weight_OI, spec)}, {"up": own}, {"up": hessian_II}, {"up": spec})["up"]
+    before, after = ((F.dequantize(each, spec) - weight_OI) for each in (own, found))
+    errors = [torch.einsum("oi,ij,oj->o", each, hessian_II, each) for each in (before, after)]
+    assert (errors[1] <= errors[0]).all()
+    assert errors[1][1] < 0.1 * errors[0][1]
+
+
+def test_what_cannot_be_solved_keeps_its_scales() -> None:
+    spec = F.QuantSpec(bits=2, group_size=2, scale_dtype="float32")
+    tuned = {"up": F.prepare(torch.tensor([[1.2, -1.2]]), spec)}
+    own = F.IntCodes(torch.tensor([[3, 1]]), torch.ones(1, 1), torch.full((1, 1), 2))
+    found = F.refit_scales(tuned, {"up": own}, {"up": torch.full((2, 2), torch.inf)}, {"up": spec})["up"]
+    assert torch.equal(found.scale_OG, own.scale_OG)
