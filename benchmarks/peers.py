@@ -139,7 +139,7 @@ TOOLS: dict[str, Tool] = {
         recipes=_twins(_ours)
         | _in_float32(Path(sys.executable), OURS, ":concat=False")
         # other steps than any recipe of auto-round takes
-        | {f"{steps}-steps": _ours("auto-round", "--iters", str(steps)) for steps in (20, 25, 30)}
+        | {f"{steps}-steps": _ours("auto-round", "--iters", str(steps)) for steps in (20, 25, 28, 30)}
         # scales of all blocks together, after the last one
         | {
             f"opt_rtn+{steps}-scale-steps": _ours("auto-round-opt-rtn", "--scale_steps", str(steps))

@@ -74,6 +74,7 @@ def groups(bits: int) -> dict[str, list[Variant]]:
     both = (False, True)
     return {
         "start": _variants(bits, iters=(0,), clip_search=both, compensate=both),
+        "opt_rtn": _variants(bits, iters=(0,), clip_search=(True,)),
         "steps": _variants(bits, iters=(25, 50, 100, 200)),
         "light": _variants(bits, iters=(15, 50), compensate=both, lr=(0.005,)),
         "rate": _variants(bits, iters=(25,), lr=(0.0025, 0.005, 0.01, 0.02, 0.04)),
