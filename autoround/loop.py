@@ -14,6 +14,7 @@ from autoround import func
 from autoround.activations import Inputs, Place, Stream, memory_for
 from autoround.backends.base import Backend, Numerics
 from autoround.backends.host import trim_heap
+from autoround.backends.products import float32_products
 from autoround.coverage import token_stats, told
 from autoround.data.tokens import Calibration
 from autoround.errors import AutoRoundError, JournalError, ModelError
@@ -80,9 +81,13 @@ class BlockLoop:
         """
         blocks, count = self.plan.blocks, len(self.plan.parts)
         self._calibration = calibration
-        self._capture(calibration, start)
+        home = self.devices[0]
+        with float32_products(home):
+            self._capture(calibration, start)
         for turn in turns(start, len(blocks), self.ranks.size if self._apart else 1):
-            for index, codes, stats in self._done(turn, self._tuned(turn)):
+            with float32_products(home):
+                tuned = self._tuned(turn)
+            for index, codes, stats in self._done(turn, tuned):
                 self.journal.write_block(index, codes, stats)
                 yield self.meter.end(index, blocks[index].path, told(stats))
             if self._stream is not None:  # else it is not worth the time
@@ -90,7 +95,8 @@ class BlockLoop:
         if len(blocks) < count:
             title = self.plan.parts[-1].title
             self.meter.begin(len(blocks), title)
-            codes = self._outside(calibration)
+            with float32_products(home):
+                codes = self._outside(calibration)
             compare(self.ranks, title, codes)
             self.journal.write_block(len(blocks), codes, {})
             yield self.meter.end(len(blocks), title, {})

@@ -20,6 +20,7 @@ from autoround import func
 from autoround.activations import Empty, in_memory, instead_of
 from autoround.backends.base import Numerics, jit
 from autoround.backends.host import KEPT_BYTES, trim_heap
+from autoround.backends.products import float32_products
 from autoround.beside import beside
 from autoround.data.tokens import Calibration
 from autoround.errors import ModelError
@@ -101,7 +102,8 @@ class ScaleTuner:
             ModelError: memory ran out, or a loss is not finite.
         """
         try:
-            return self._run(calibration)
+            with float32_products(self.device):
+                return self._run(calibration)
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise

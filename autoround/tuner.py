@@ -22,7 +22,7 @@ from autoround.func import init, observe
 from autoround.func.experts import also_in_turn, restored
 from autoround.func.slices import CPU_WEIGHTS
 from autoround.func.types import BlockFunction
-from autoround.passes import Passes, bound, evened, gram_of, observed_rows, replicas
+from autoround.passes import Passes, bound, evened, gram_of, observed_rows, replicas, taken
 from autoround.placement import SpreadFn, sharers
 from autoround.precision import Dtypes, cast
 from autoround.ranks import ALONE, Ranks, owners_by_size, summed
@@ -303,7 +303,8 @@ class BlockTuner:
 
         def batch(rows_B: Tensor, device: torch.device) -> func.Batch:
             call = bound(inputs.template, inputs.stream.quantized_NTD, rows_B, device)
-            return func.Batch(call, target_NTD[rows_B].to(device), inputs.valid_NT[rows_B].to(device))
+            target_BTD, valid_BT = (taken(each, rows_B).to(device) for each in (target_NTD, inputs.valid_NT))
+            return func.Batch(call, target_BTD, valid_BT)
 
         size = recipe.batch_size * recipe.gradient_accumulate_steps
         for rows in batch_rows(recipe.seed, index, len(inputs.valid_NT), size, steps or recipe.iters):

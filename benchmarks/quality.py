@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import autoround
 from autoround.backends.cpu import CPU
+from autoround.backends.products import float32_products
 from autoround.evaluate.scores import score
 from autoround.formats.packed import PackedLinear
 from benchmarks import domains, machine
@@ -109,7 +110,7 @@ def _batches(documents: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tenso
 
 
 def _logits(model: nn.Module, tokens_BT: Tensor, followed_BT: Tensor) -> Tensor:
-    with torch.inference_mode():
+    with torch.inference_mode(), float32_products(tokens_BT.device):
         logits_BTV: Tensor = model(input_ids=tokens_BT, use_cache=False).logits[:, :-1]
         return logits_BTV[followed_BT]
 

@@ -6,7 +6,7 @@ backward, timed alone in that dtype: outputs, gradients of weights, and gradient
 that read the block's own input. Rounds alternate between step, bound and one large square product.
 
 ``python -m benchmarks.step [--like MODEL] [--bits N] [--group-size N] [--batch N] [--seqlen N] [--seconds N]
-[--mode eager|compiled|autotuned|graph] [--dtype DTYPE] [--attention eager|sdpa] [--json FILE]``
+[--mode eager|compiled|autotuned|graph] [--dtype DTYPE] [--mkl] [--attention eager|sdpa] [--json FILE]``
 
 Modes beside the engine's: ``autotuned`` lets the compiler try variants of kernels and products, ``graph`` records the
 compiled step as a CUDA graph and replays it.
@@ -19,6 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from autoround import func
-from autoround.backends.base import jit, select
+from autoround.backends.base import Backend, jit, select
+from autoround.backends.products import float32_products
 from autoround.model.blocks import find_blocks
 from autoround.model.capture import capture
 from autoround.model.load import open_model
@@ -152,6 +154,11 @@ def timed(runs: Mapping[str, Callable[[], None]], seconds: float, wait: Callable
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of the first step, a step, its bound and the square product; rates in GFLOP/s; dtype and attention."""
     backend, device = select(options.device)
+    with nullcontext() if options.mkl else float32_products(device):
+        return _measured(options, backend, device)
+
+
+def _measured(options: argparse.Namespace, backend: Backend, device: torch.device) -> dict[str, Any]:
     dtype = getattr(torch, options.dtype) if options.dtype else backend.compute_dtype()
     attention = options.attention or backend.attention(options.seqlen)
     block = make_block(options, device, dtype, attention)
@@ -184,6 +191,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--mode", choices=MODES, default="compiled")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="the backend's choice by default")
+    parser.add_argument("--mkl", action="store_true", help="multiply float32 as torch does by itself")
     parser.add_argument("--attention", choices=("eager", "sdpa"), help="the backend's choice by default")
     parser.add_argument("--json", type=Path, help="file for the figures")
     return parser.parse_args(words)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from autoround.backends.products import float32_products
+
 
 class TokenScores(NamedTuple):
     """One number per predicted token (P of them), in reading order.
@@ -110,7 +112,7 @@ def join(parts: Sequence[TokenScores]) -> TokenScores:
 
 def _log_probabilities(model: nn.Module, tokens_BT: Tensor) -> Tensor:
     """Of every next token, one row for each predicted one."""
-    with torch.inference_mode():
-        device = next(model.parameters()).device
+    device = next(model.parameters()).device
+    with torch.inference_mode(), float32_products(device):
         logits_BTV: Tensor = model(input_ids=tokens_BT.to(device), use_cache=False).logits[:, :-1]
         return logits_BTV.flatten(0, 1).float().log_softmax(-1).cpu()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from autoround import func
+from autoround.backends.products import float32_products
 from autoround.errors import DataError, ModelError
 from autoround.evaluate.scores import TokenScores, join, score
 from autoround.model.blocks import embedding, find_blocks
@@ -187,7 +188,7 @@ def _run_blocks(model: OpenModel, rows: Rows, streaming: Streaming, on_block: Ca
         count_items(block_fn.skeleton, items)
         tensors = read_block(model, path, dtype=streaming.dtype, device=device)
         before_NTD = hidden_NTD
-        with torch.no_grad():
+        with torch.no_grad(), float32_products(device):
             for rows_B in torch.split(torch.arange(len(before_NTD)), streaming.batch_size):
                 output_BTD = block_fn(tensors, template.bind(before_NTD[rows_B].to(device), rows_B))
                 if output_BTD.shape[2:] != hidden_NTD.shape[2:]:  # it hands something to later blocks
@@ -209,10 +210,12 @@ def _score_pair(
     for places_C2 in torch.split(places_P2, chunk_tokens(reference.model)):
         row_C, column_C = places_C2.unbind(1)
         next_C = rows.tokens_NT[row_C, column_C].to(streaming.device)
-        expected_CV = ours.log_probabilities(reference.hidden_NTD[row_C, column_C - 1])
+        with float32_products(streaming.device):
+            expected_CV = ours.log_probabilities(reference.hidden_NTD[row_C, column_C - 1])
         found = [expected_CV, expected_CV]
         if candidate is not None and theirs is not None:
-            found[1] = theirs.log_probabilities(candidate.hidden_NTD[row_C, column_C - 1])
+            with float32_products(streaming.device):
+                found[1] = theirs.log_probabilities(candidate.hidden_NTD[row_C, column_C - 1])
             _check_vocabularies(reference.model, candidate.model, *found)
         for log_CV, scores, top in zip(found, parts, tops, strict=True):
             own = score(expected_CV, log_CV, next_C)

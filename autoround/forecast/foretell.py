@@ -8,6 +8,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from autoround.backends.base import select_all
+from autoround.backends.products import float32_products
 from autoround.engine import Run
 from autoround.export import Target, weight_files
 from autoround.families import split
@@ -60,6 +61,8 @@ def _forecast(model: OpenModel, recipe: Recipe, process: int, *, probe: bool) ->
     written = sum(sum(sizes.values()) for sizes in files.values())
     disk = _disk(bare, memory, written)
     numerics = run.numerics
+    with float32_products(run.device):  # as the run has them
+        seconds = seconds_of(bare, written) if probe else None
     words = f"{numerics.device}, {numerics.dtype}, {numerics.attention} attention, activations {run.place}, "
     return Forecast(
         plan=run.plan,
@@ -68,7 +71,7 @@ def _forecast(model: OpenModel, recipe: Recipe, process: int, *, probe: bool) ->
         files=files,
         memory=memory,
         disk=disk,
-        seconds=seconds_of(bare, written) if probe else None,
+        seconds=seconds,
         room=free,
         shortages=tuple(_shortages(bare, memory, disk, free)),
     )
