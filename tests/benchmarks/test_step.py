@@ -6,9 +6,9 @@ import pytest
 
 from benchmarks import step
 
-# Measured on two cores with AVX512-BF16: 1.4 compiled, 2.0 eager, idle; a step that computes something twice or that
-# falls out of the compiler passes 3.
-MOST = 3.0
+# Measured on two cores with AVX512-BF16: 1.3 to 1.4 compiled, 1.9 to 2.0 eager. What computes a product twice, or falls
+# out of the compiler, is above.
+MOST = 1.75
 
 
 @pytest.mark.slow
