@@ -5,6 +5,7 @@ Legend: N rows, B rows in a batch, T tokens in a row, P predicted tokens, V voca
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -112,7 +113,7 @@ def join(parts: Sequence[TokenScores]) -> TokenScores:
 
 def _log_probabilities(model: nn.Module, tokens_BT: Tensor) -> Tensor:
     """Of every next token, one row for each predicted one."""
-    device = next(model.parameters()).device
-    with torch.inference_mode(), float32_products(device):
+    device, *others = dict.fromkeys(parameter.device for parameter in model.parameters())
+    with torch.inference_mode(), nullcontext() if others else float32_products(device):
         logits_BTV: Tensor = model(input_ids=tokens_BT.to(device), use_cache=False).logits[:, :-1]
         return logits_BTV.flatten(0, 1).float().log_softmax(-1).cpu()

@@ -18,7 +18,7 @@ from torch import Tensor
 from autoround.errors import ModelError
 from autoround.func.rounding import dequantize, grid_of
 from autoround.func.scales import FACTOR_RANGE, store_scales
-from autoround.func.types import Codes, Params, Prepared
+from autoround.func.types import Codes, IntCodes, Params, Prepared
 from autoround.spec import QuantSpec, WeightSpec
 
 # Added to the Hessian's diagonal, relative to its mean.
@@ -26,7 +26,7 @@ DAMPING = 0.01
 # Columns that are rounded one after another before the rest is updated by one product.
 LUMP = 128
 # Numbers of an array that is held while scales are solved for, some rows at a time.
-SOLVED = 2**22
+SOLVED = 2**24
 # Added to the diagonal of what is solved, relative to its mean: codes of a group may all be 0.
 RIDGE = 1e-6
 # Widest codes whose scales are fitted again: of 4 bits, it was no gain for a model whose weights lie near such a grid.
@@ -184,7 +184,7 @@ def refit_scales(
         Codes of the layers in ``tuned``.
 
     Raises:
-        ModelError: a scale is beyond the range of its dtype; names the layer.
+        TypeError: a layer is stored in blocks of a GGUF type.
 
     >>> from autoround.func.rounding import prepare
     >>> from autoround.func.types import IntCodes
@@ -196,8 +196,12 @@ def refit_scales(
     """
     factors = {}
     for path, prepared in tuned.items():
-        rounded_OI = dequantize(codes[path], specs[path])
-        factors[path] = {"scale_OG": _best_factors(prepared.weight_OGS, rounded_OI, hessians[path])}
+        own = codes[path]
+        if not isinstance(own, IntCodes):
+            raise TypeError(f"{path}: found {type(own).__name__}; needed IntCodes; ask refits() first")
+        factor_OG = _best_factors(prepared.weight_OGS, dequantize(own, specs[path]), hessians[path])
+        kept_OG = torch.isfinite((own.scale_OG.float() * factor_OG).to(own.scale_OG.dtype))
+        factors[path] = {"scale_OG": torch.where(kept_OG, factor_OG, 1.0)}
     return store_scales({path: codes[path] for path in tuned}, factors)
 
 
@@ -208,12 +212,14 @@ def _best_factors(weight_OGS: Tensor, rounded_OI: Tensor, hessian_II: Tensor) ->
     damped_II.diagonal().add_(DAMPING * hessian_II.diagonal().mean())
     damped_GSI = damped_II.view(groups, size, -1)
     factors = []
-    rows = max(1, SOLVED // (groups * groups * size))
-    parts = (torch.split(each, rows) for each in (rounded_OI.view_as(weight_OGS), weight_OGS.flatten(1)))
-    for own_OGS, float_OI in zip(*parts, strict=True):
-        product_OGI = torch.einsum("ogs,gsi->ogi", own_OGS, damped_GSI)
-        form_OGG = torch.einsum("ogks,oks->ogk", product_OGI.view(-1, groups, groups, size), own_OGS)
-        aim_OG = torch.einsum("ogi,oi->og", product_OGI, float_OI)
+    rows = max(1, SOLVED // max(groups * size, groups * groups))
+    parts = (torch.split(each, rows) for each in (rounded_OI.view_as(weight_OGS), weight_OGS))
+    for own_OGS, float_OGS in zip(*parts, strict=True):
+        form_OGG, aim_OG = (own_OGS.new_empty(len(own_OGS), *shape) for shape in ((groups, groups), (groups,)))
+        for group in range(groups):
+            product_OGS = (own_OGS[:, group] @ damped_GSI[group]).view_as(own_OGS)
+            form_OGG[:, group] = (product_OGS * own_OGS).sum(-1)
+            aim_OG[:, group] = (product_OGS * float_OGS).sum((1, 2))
         factors.append(_least(form_OGG, aim_OG))
     return torch.cat(factors)
 

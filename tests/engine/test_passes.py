@@ -52,7 +52,11 @@ def test_runs_are_the_same_however_many_rows_pass_together(family: str, few: int
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(passes, "CPU_TOKENS", ROWS * TOKENS)
         whole = tune(model, tmp_path / "whole", dtype="float32", **settings)
-    assert equal_share(codes(split), codes(whole)) > 0.99  # one rounded otherwise changes those after it
+    one, two = codes(split), codes(whole)
+    first = [path for path in one if ".0." in path]
+    # one that is rounded otherwise changes those after it
+    assert equal_share({path: one[path] for path in first}, {path: two[path] for path in first}) > 0.99
+    assert equal_share(one, two) > 0.97
 
 
 def first_block(folder: Path, bits: int, **settings: object) -> dict[str, func.IntCodes]:
@@ -75,6 +79,7 @@ def test_scales_of_few_bits_are_refitted_where_no_step_is_taken(
 
 def test_refitted_scales_are_closer_to_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
-    refitted = divergence(replaced("llama", tune(model, tmp_path / "one", "opt_rtn")), model)
+    refitted = divergence(replaced("llama", tune(model, tmp_path / "one", "opt_rtn", dtype="float32")), model)
     monkeypatch.setattr(func, "refits", lambda spec: False)
-    assert refitted < divergence(replaced("llama", tune(model, tmp_path / "two", "opt_rtn")), model)
+    plain = divergence(replaced("llama", tune(model, tmp_path / "two", "opt_rtn", dtype="float32")), model)
+    assert refitted < plain

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from autoround import loop
 from autoround.backends import products
 from autoround.backends.products import AS_EXACT, float32_products, onednn_suits
 from autoround.engine import quantize
+from autoround.scales import ScaleTuner
+from autoround.tuner import BlockTuner
 from tests.engine.small import make, recipe, tune
 
 CPU = torch.device("cpu")
@@ -20,9 +23,12 @@ def highest() -> Iterator[None]:
     onednn_suits.cache_clear()
     yield
     onednn_suits.cache_clear()
-    assert torch.get_float32_matmul_precision() == "highest"
+    found = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    assert found == "highest"
 
 
+@pytest.mark.skipif(not onednn_suits(), reason="this processor's float32 products are MKL's")
 @pytest.mark.parametrize("shape", [(2048, 576, 1536), (512, 1536, 576), (7, 33, 65), (300, 64, 64), (1, 512, 512)])
 @pytest.mark.parametrize("turned", [False, True])
 def test_products_are_as_exact(shape: tuple[int, int, int], turned: bool) -> None:
@@ -79,10 +85,33 @@ def test_the_vendor_is_what_linux_says(tmp_path: Path, monkeypatch: pytest.Monke
     assert products._vendor() == "AuthenticAMD"
 
 
-def test_events_are_told_in_torchs_own_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who listens to a run multiplies as always."""
+def test_work_is_done_with_them_and_blocks_are_told_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "onednn_suits", lambda: True)
+    seen: dict[str, set[str]] = {}
+
+    def watched(owner: object, name: str) -> None:
+        function = getattr(owner, name)
+
+        def call(*args: object, **kwargs: object) -> object:
+            seen.setdefault(name, set()).add(torch.get_float32_matmul_precision())
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for owner, name in ((BlockTuner, "tune"), (loop, "captured"), (ScaleTuner, "_step")):
+        watched(owner, name)
     for _ in quantize(make(), recipe(tmp_path)):
         assert torch.get_float32_matmul_precision() == "highest"
     tune(make(), tmp_path / "scales", "opt_rtn", scale_steps=1)
+    assert seen == {name: {"medium"} for name in ("tune", "captured", "_step")}
+
+
+def test_the_last_of_those_that_overlap_puts_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "onednn_suits", lambda: True)
+    first, second = float32_products(CPU), float32_products(CPU)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.get_float32_matmul_precision() == "medium"
+    second.__exit__(None, None, None)
     assert torch.get_float32_matmul_precision() == "highest"
