@@ -25,7 +25,8 @@ RUNS: tuple[tuple[str, int, tuple[int, ...], dict[str, str]], ...] = (
         OURS: "default light rtn opt_rtn 25-steps", THEIRS: "default light rtn opt_rtn", "gptqmodel": "gptq",
         "llm-compressor": "gptq autoround"}),
     ("smollm2-dithered", 4, SEEDS, {
-        OURS: "opt_rtn opt_rtn+32-scale-steps 25-steps 28-steps 30-steps", THEIRS: "opt_rtn light default"}),
+        OURS: "opt_rtn opt_rtn+24-scale-steps opt_rtn+32-scale-steps 25-steps 28-steps 30-steps",
+        THEIRS: "opt_rtn light default"}),
     ("smollm2-dithered", 4, SEEDS[:1], {
         OURS: "default light rtn 20-steps opt_rtn+64-scale-steps", THEIRS: "rtn", "gptqmodel": "gptq",
         "llm-compressor": "gptq autoround"}),
