@@ -22,8 +22,6 @@ FREE_SETTINGS = frozenset({
     "restart", "max_shard_size", "model_dtype", "device_map", "low_gpu_mem_usage", "torch_compile", "layer_config",
     "ignore_layers", "quant_lm_head", "quant_nontext_module", "activations", "scale_steps",
 })  # fmt: skip
-
-
 # Raised whenever the same settings give other codes than before: a run then goes on with the version that began it.
 METHOD = "2"
 # What may differ between the ranks of a run: how each of them reaches a hub.

@@ -30,8 +30,7 @@ RUNS: tuple[tuple[str, int, tuple[int, ...], dict[str, str]], ...] = (
     ("smollm2-dithered", 4, SEEDS[:1], {
         OURS: "default light rtn 20-steps opt_rtn+64-scale-steps", THEIRS: "rtn", "gptqmodel": "gptq",
         "llm-compressor": "gptq autoround"}),
-    ("smollm2-dithered", 2, SEEDS, {
-        OURS: "opt_rtn opt_rtn+32-scale-steps opt_rtn+40-scale-steps", THEIRS: "opt_rtn light default"}),
+    ("smollm2-dithered", 2, SEEDS, {OURS: "opt_rtn opt_rtn+32-scale-steps", THEIRS: "opt_rtn light default"}),
     ("smollm2-dithered", 2, SEEDS[:1], {
         OURS: "default light rtn 25-steps opt_rtn+48-scale-steps opt_rtn+64-scale-steps light+64-scale-steps",
         THEIRS: "rtn", "gptqmodel": "gptq", "llm-compressor": "gptq"}),

@@ -143,7 +143,7 @@ TOOLS: dict[str, Tool] = {
         # scales of all blocks together, after the last one
         | {
             f"opt_rtn+{steps}-scale-steps": _ours("auto-round-opt-rtn", "--scale_steps", str(steps))
-            for steps in (24, 32, 40, 48, 64)
+            for steps in (24, 32, 48, 64)
         }
         | {"light+64-scale-steps": _ours("auto-round-light", "--scale_steps", "64")},
     ),

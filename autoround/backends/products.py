@@ -16,10 +16,8 @@ import torch
 # How many times MKL's largest error oneDNN's may be.
 AS_EXACT = 4.0
 _CPUINFO = Path("/proc/cpuinfo")
-
-
-_LOCK = threading.Lock()
-_INSIDE = [0]
+# How many are inside, of all threads.
+_LOCK, _INSIDE = threading.Lock(), [0]
 
 
 @contextmanager

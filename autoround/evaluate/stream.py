@@ -212,10 +212,10 @@ def _score_pair(
         next_C = rows.tokens_NT[row_C, column_C].to(streaming.device)
         with float32_products(streaming.device):
             expected_CV = ours.log_probabilities(reference.hidden_NTD[row_C, column_C - 1])
-        found = [expected_CV, expected_CV]
-        if candidate is not None and theirs is not None:
-            with float32_products(streaming.device):
+            found = [expected_CV, expected_CV]
+            if candidate is not None and theirs is not None:
                 found[1] = theirs.log_probabilities(candidate.hidden_NTD[row_C, column_C - 1])
+        if candidate is not None:
             _check_vocabularies(reference.model, candidate.model, *found)
         for log_CV, scores, top in zip(found, parts, tops, strict=True):
             own = score(expected_CV, log_CV, next_C)
